@@ -1,0 +1,272 @@
+"""What `triptych generate` does once its command line is read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from triptych.cli.console import Display, note, times_table, warn
+from triptych.cli.targets import FORMATS, Target, check_writable, write
+from triptych.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from triptych import Engine, Request, Result
+    from triptych.decode import Settings
+
+__all__ = ["DEFAULT_MODEL", "Asked", "Opening", "parse_extra", "parse_numbers", "run"]
+
+DEFAULT_MODEL = "emoji"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Which model to open, and how. `model` None: the settings' of `--like`, else the default."""
+
+    model: str | None
+    workflow: str | None
+    device: str
+    dtype: str | None
+    revision: str | None
+    offline: bool
+    allow_pickle: bool
+    allow_remote_code: bool
+
+    def completed(self, settings: Settings | None) -> Opening:
+        """With what the settings say where the person said nothing. What is allowed is never theirs to say. Raises
+        InvalidRequest if the model is needed and they cannot name it."""
+        if settings is None:
+            return replace(self, model=self.model or DEFAULT_MODEL)
+        return replace(
+            self,
+            model=self.model or _model_of(settings),
+            revision=self.revision or (None if self.model else settings.revision),
+            workflow=self.workflow or settings.workflow,
+            dtype=self.dtype or settings.dtype,
+        )
+
+    def open(self, display: Display) -> Engine:
+        """Opens it, showing what is loaded. Raises TriptychError."""
+        from triptych import Engine, Trust
+
+        assert self.model is not None
+        display.say(f"opening {self.model}")
+        return Engine.open(
+            self.model,
+            workflow=self.workflow,
+            device=self.device,
+            dtype=self.dtype,
+            revision=self.revision,
+            offline=self.offline,
+            trust=Trust(pickle_weights=self.allow_pickle, remote_code=self.allow_remote_code),
+            report=display.loaded,
+        )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A command line, read but not yet checked. `fields` are those of the request that were given."""
+
+    fields: dict[str, Any]
+    images: tuple[Path, ...]
+    mask: Path | None
+    like: Path | None
+    opening: Opening
+    output: Path | None
+    preview: Path | None
+    metadata: bool
+    show: bool
+    quiet: bool
+    as_json: bool
+
+
+def run(asked: Asked) -> None:
+    """Makes what was asked and writes it. Raises TriptychError, with nothing written."""
+    # What can be wrong without a model is looked at first, and what needs no torch before that.
+    target = Target.of(asked.output)
+    _check_preview(asked.preview)
+    settings = _settings(asked.like)
+    fields = _fields(asked, settings)
+    if asked.output is None:
+        target = Target.of(None, fields.get("output_format"))
+    request = _request({**fields, "output_format": target.format})
+    opening = asked.opening.completed(settings)
+    with Display(quiet=asked.quiet) as display, opening.open(display) as engine:
+        target.check_makes(engine.topology.makes)
+        result = _stream(engine, request, display, asked.preview)
+        chosen = _chosen(result, settings, asked)
+        paths = target.paths(len(chosen), engine.topology.makes, result.request.seed or 0)
+        texts = [_metadata(engine, result, index, opening.dtype) if asked.metadata else None for index in chosen]
+        write([result.outputs[index] for index in chosen], paths, texts)
+    _tell(result, paths, asked)
+    if asked.show:
+        _draw([result.outputs[index] for index in chosen])
+
+
+def parse_numbers(field: str, text: str | None) -> tuple[float, ...] | None:
+    """Numbers separated by commas. Raises InvalidRequest."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidRequest.of(field, text, "numbers separated by commas, such as 1,0.75,0.5") from None
+
+
+def parse_extra(items: Sequence[str]) -> dict[str, Any] | None:
+    """KEY=JSON items as a dict, None if there are none. Raises InvalidRequest."""
+    found: dict[str, Any] = {}
+    for item in items:
+        key, sign, value = item.partition("=")
+        if not key or not sign or key in found:
+            raise InvalidRequest.of("extra", item, "KEY=JSON, each key once")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            raise InvalidRequest.of("extra", item, 'KEY=JSON, such as size=3 or name="text"') from None
+    return found or None
+
+
+def _check_preview(path: Path | None) -> None:
+    if path is None:
+        return
+    allowed = [suffix for suffix, format in FORMATS.items() if format != "mp4"]
+    if path.suffix.lower() not in allowed:
+        raise InvalidRequest.of("preview", str(path), f"a file name ending in {', '.join(allowed)}")
+    check_writable(path, field="preview")
+
+
+def _settings(like: Path | None) -> Settings | None:
+    if like is None:
+        return None
+    from triptych.decode import read_settings
+
+    return read_settings(like)
+
+
+def _model_of(settings: Settings) -> str:
+    """The settings' model, as far as a file may name one: an embedded model or a hub id, never a path."""
+    from triptych.model import embedded_models
+
+    name = settings.model
+    if settings.source == "embedded" and name in embedded_models():
+        return name
+    if settings.source == "hub" and _HUB_ID.fullmatch(name) and ".." not in name and not Path(name).exists():
+        return name
+    raise InvalidRequest.of("model", name, f"(for a {settings.source} model of --like) naming it with -m")
+
+
+def _fields(asked: Asked, settings: Settings | None) -> dict[str, Any]:
+    """The request's fields: the settings' where there are some, what was given over them, and the pictures."""
+    from triptych.decode import read_image, read_mask, repeat
+
+    fields = repeat(settings, asked.fields) if settings else dict(asked.fields)
+    if "prompt" not in fields:
+        raise InvalidRequest.of("prompt", None, "a text, or --like FILE")
+    fields["images"] = tuple(read_image(path) for path in asked.images)
+    fields["mask"] = read_mask(asked.mask) if asked.mask else None
+    if settings is not None:
+        _compare("image", settings.images, fields["images"])
+        _compare("mask", (settings.mask,) if settings.mask else (), (fields["mask"],) if fields["mask"] else ())
+    return fields
+
+
+def _compare(field: str, digests: Sequence[str], pictures: Sequence[Image.Image]) -> None:
+    """Raises InvalidRequest if the settings had pictures and none are given; warns of different ones."""
+    from triptych.decode import digest
+
+    if digests and not pictures:
+        raise InvalidRequest.of(field, "none", f"the {len(digests)} that the settings of --like were made with")
+    if pictures and [digest(picture) for picture in pictures] != list(digests):
+        warn(f"{field}: not what the settings of --like were made with; the result will differ")
+
+
+def _request(fields: dict[str, Any]) -> Request:
+    from triptych import Request
+
+    return Request.parse(**fields)
+
+
+def _stream(engine: Engine, request: Request, display: Display, preview: Path | None) -> Result:
+    """Runs the request to its end; leaving early, by Ctrl-C too, cancels it."""
+    from triptych import Progress
+    from triptych.decode import write_image
+
+    with contextlib.closing(engine.stream(request, preview=preview is not None)) as events:
+        for event in events:
+            if not isinstance(event, Progress):
+                return event
+            display.update(event)
+            if preview is not None and event.preview is not None:
+                write_image(event.preview, preview)
+    raise AssertionError("a stream ends with its result or an error")
+
+
+def _chosen(result: Result, settings: Settings | None, asked: Asked) -> list[int]:
+    """Which outputs to write: all, or the one that the file of --like holds."""
+    everything = list(range(len(result.outputs)))
+    if settings is None or "num_outputs" in asked.fields or settings.output not in everything:
+        return everything
+    return [settings.output]
+
+
+def _metadata(engine: Engine, result: Result, index: int, dtype: str | None) -> str | None:
+    from triptych.decode import encode_settings, settings_of
+
+    source = engine.topology.source
+    try:
+        settings = settings_of(
+            result, source=source.kind, revision=source.revision, dtype=dtype, output=index
+        )
+        return encode_settings(settings)
+    except InvalidRequest as error:
+        # What was made is worth more than what it says of itself.
+        warn(f"written without its settings: {error}")
+        return None
+
+
+def _tell(result: Result, paths: Sequence[Path], asked: Asked) -> None:
+    for text in result.warnings:
+        warn(text)
+    if not asked.quiet:
+        note(times_table(result.times))
+    if not asked.as_json:
+        for path in paths:
+            print(path)
+        return
+    request = result.request.model_dump(mode="json", exclude={"images", "mask"}, exclude_none=True)
+    made = {
+        "outputs": [str(path) for path in paths],
+        "model": result.model,
+        "workflow": result.workflow,
+        "seed": result.request.seed,
+        "request": request,
+        "times": [asdict(time) for time in result.times],
+        "warnings": list(result.warnings),
+    }
+    print(json.dumps(made))
+
+
+def _draw(outputs: Sequence[object]) -> None:
+    """Draws pictures, and the first frame of clips, on standard output."""
+    from PIL import Image
+    from rich.console import Console
+
+    from triptych.cli.show import show
+    from triptych.request import Clip
+
+    console = Console()
+    for output in outputs:
+        picture = Image.fromarray(output.frames[0]) if isinstance(output, Clip) else output
+        assert isinstance(picture, Image.Image)
+        problem = show(picture, console)
+        if problem:
+            note(f"cannot draw the picture here: {problem}")
+            return

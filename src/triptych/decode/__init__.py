@@ -1,0 +1,47 @@
+"""The decode stage: latents to pictures, previews, and media in and out."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from triptych.decode.media import read_image, read_mask, to_clips, to_images, to_uint8, write_clip, write_image
+    from triptych.decode.metadata import Settings, digest, encode_settings, read_settings, repeat, settings_of
+    from triptych.decode.preview import LatentPreview, load_preview_vae
+    from triptych.decode.stage import DecodeStage, FusedStage
+
+# Imported on first use: reading and writing media needs no torch, and must not pay for it.
+_FILES = {
+    "media": ("read_image", "read_mask", "to_clips", "to_images", "to_uint8", "write_clip", "write_image"),
+    "metadata": ("Settings", "digest", "encode_settings", "read_settings", "repeat", "settings_of"),
+    "preview": ("LatentPreview", "load_preview_vae"),
+    "stage": ("DecodeStage", "FusedStage"),
+}
+_HOME = {name: file for file, names in _FILES.items() for name in names}
+
+__all__ = [
+    "DecodeStage",
+    "FusedStage",
+    "LatentPreview",
+    "Settings",
+    "digest",
+    "encode_settings",
+    "load_preview_vae",
+    "read_image",
+    "read_mask",
+    "read_settings",
+    "repeat",
+    "settings_of",
+    "to_clips",
+    "to_images",
+    "to_uint8",
+    "write_clip",
+    "write_image",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"triptych.decode.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,139 @@
+"""Previews: a linear map from the VAE's latents to RGB, fitted to the VAE itself.
+
+Fitted once, when the first request wants previews: a few decodes of smooth random latents of the model's own scale,
+then least squares per latent pixel (the idea of diffusion UIs' hand-made "latent RGB factors", measured instead).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from triptych.decode.stage import pictures
+from triptych.errors import LoadError, Unsupported
+from triptych.model import (
+    ComponentInfo,
+    Placement,
+    Source,
+    StageProgram,
+    TaskInputs,
+    Trust,
+    load_component,
+)
+from triptych.transfer import Payload
+
+SIDE = 16
+"""Latent pixels along each side of the samples that are decoded for the fit."""
+SAMPLES = 6
+
+
+class _Reached(Exception):
+    """The decode blocks have come to the VAE, with these latents."""
+
+    def __init__(self, latents: torch.Tensor) -> None:
+        super().__init__("reached the VAE")
+        self.latents = latents
+
+
+class LatentPreview:
+    """Makes a picture of one latent pixel per pixel from latents as they cross to decode.
+
+    `program` is the decode stage's: its blocks unpack and denormalise, and its VAE teaches the map. With a `tiny` VAE
+    (one that takes the place of the model's own, such as TAESD), that decodes previews instead, at full size.
+    """
+
+    def __init__(self, program: StageProgram, tiny: Any = None) -> None:
+        self._program = program
+        self._tiny = tiny
+        self._weights: torch.Tensor | None = None
+
+    def __call__(self, fields: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
+        """uint8 (height, width, 3) of the first picture of the batch (of a clip: its middle frame)."""
+        if self._tiny is not None:
+            return self._tiny_picture(fields, latents)
+        z = self._vae_input(fields, latents)
+        if self._weights is None:
+            self._weights = self._fit(fields, latents)
+        z = z[:1, :, z.shape[2] // 2] if z.ndim == 5 else z[:1]
+        rgb = torch.einsum("bchw,cd->hwd", z.float(), self._weights[:-1]) + self._weights[-1]
+        return (rgb.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+    def _tiny_picture(self, fields: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
+        made = pictures(Payload(self._program.run(_task(fields, latents), {"vae": self._tiny}).values))
+        first = next(iter(made.values.values()))[0]
+        return first[len(first) // 2] if first.ndim == 4 else first
+
+    def _vae(self) -> Any:
+        vae = self._program.components.get("vae")
+        if vae is None or not hasattr(vae, "decode"):
+            raise Unsupported("this model has no VAE to make previews with", field="preview")
+        return vae
+
+    def _vae_input(self, fields: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
+        """The argument that the decode blocks give to the VAE: (batch, channels, [frames,] height, width)."""
+        vae = self._vae()
+
+        def reached(z: torch.Tensor, *_: Any, **__: Any) -> None:
+            raise _Reached(z)
+
+        try:
+            self._program.run(_task(fields, latents), {"vae": _with_decode(vae, reached)})
+        except _Reached as end:
+            return end.latents
+        raise Unsupported("this model's decode blocks never call the VAE: no previews", field="preview")
+
+    def _fit(self, fields: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
+        """(channels + 1, 3) in fp32: RGB in 0…1 from latents, the last row the bias."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        z = self._vae_input(fields, noise).float()
+        channels = z.shape[1]
+        flat = z.transpose(0, 1).reshape(channels, -1)
+        mean, std = flat.mean(1), flat.std(1)
+        sample = _smooth_noise(SAMPLES, channels, generator).to(z.device) * std[:, None, None] + mean[:, None, None]
+        given = (sample.unsqueeze(2) if z.ndim == 5 else sample).to(latents.dtype)
+        decoded = self._vae().decode(given, return_dict=False)[0].float()
+        rgb = decoded.reshape(SAMPLES, 3, -1, *decoded.shape[-2:])[:, :, 0] / 2 + 0.5
+        rgb = F.adaptive_avg_pool2d(rgb.clamp(0, 1), SIDE)
+        columns = sample.movedim(1, -1).reshape(-1, channels)
+        columns = torch.cat([columns, torch.ones_like(columns[:, :1])], 1).double()
+        target = rgb.movedim(1, -1).reshape(-1, 3).double()
+        ridge = 1e-3 * len(columns) * torch.eye(channels + 1, dtype=torch.float64, device=columns.device)
+        return torch.linalg.solve(columns.T @ columns + ridge, columns.T @ target).float()
+
+
+def _smooth_noise(samples: int, channels: int, generator: torch.Generator) -> torch.Tensor:
+    """(samples, channels, SIDE, SIDE): noise of several coarsenesses, since pictures are flat for the most part."""
+    parts = []
+    for index in range(samples):
+        side = (1, 2, 4, 8)[index % 4]
+        coarse = torch.randn(1, channels, side, side, generator=generator)
+        parts.append(F.interpolate(coarse, size=(SIDE, SIDE), mode="nearest"))
+    return torch.cat(parts)
+
+
+def load_preview_vae(folder: str, placement: Placement, trust: Trust) -> Any:
+    """The tiny VAE of a folder that holds its config.json and weights. Raises LoadError."""
+    config = Path(folder) / "config.json"
+    try:
+        class_name = str(json.loads(config.read_text(encoding="utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise LoadError(f"{config} is no VAE's configuration", field="preview_vae") from None
+    info = ComponentInfo("preview_vae", "diffusers", class_name, "")
+    return load_component(Source(folder, folder, "folder"), info, placement, trust)
+
+
+def _task(fields: dict[str, Any], latents: torch.Tensor) -> TaskInputs:
+    return TaskInputs(dict(fields), None, torch.Generator().manual_seed(0), values={"latents": latents})
+
+
+def _with_decode(vae: Any, decode: Callable[..., Any]) -> Any:
+    double = copy.copy(vae)
+    object.__setattr__(double, "decode", decode)
+    return double

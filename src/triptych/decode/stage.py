@@ -1,0 +1,45 @@
+"""Runs a pipeline's decode blocks and turns what they make into pictures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from triptych.errors import WrongPayload
+from triptych.stage import GatherStage
+from triptych.transfer import Payload
+
+if TYPE_CHECKING:
+    from triptych.model import TaskOutputs
+    from triptych.stage.gathered import Live
+
+
+class DecodeStage(GatherStage):
+    """The last panel. Its payload is `images`, uint8 (batch, height, width, 3), or `videos`, uint8 (batch, frames,
+    height, width, 3); for a `raw` task the pipeline's own float tensors."""
+
+    def _payload(self, live: Live, outputs: TaskOutputs) -> Payload:
+        return pictures(super()._payload(live, outputs), live.task.raw)
+
+
+class FusedStage(DecodeStage):
+    """A pipeline that no topology can split, whole in one stage: its steps are denoising steps, its payload pictures."""
+
+
+def pictures(payload: Payload, raw: bool = False) -> Payload:
+    """The payload reduced to its pictures. Raises WrongPayload if there are none."""
+    for name in ("images", "videos"):
+        made = payload.values.get(name)
+        if isinstance(made, list | tuple) and made and isinstance(made[0], torch.Tensor):
+            made = torch.stack(list(made))
+        if isinstance(made, torch.Tensor):
+            payload.values = {name: made if raw else to_uint8(made)}
+            payload.tags = {}
+            return payload
+    raise WrongPayload(f"decode made neither images nor videos but {sorted(payload.values)}")
+
+
+def to_uint8(pictures: torch.Tensor) -> torch.Tensor:
+    """Float (…, channels, height, width) in 0…1 to uint8 (…, height, width, channels), rounded as diffusers rounds."""
+    return (pictures.float().movedim(-3, -1) * 255).round_().clamp_(0, 255).to(torch.uint8).contiguous().cpu()

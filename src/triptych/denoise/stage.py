@@ -1,0 +1,35 @@
+"""Runs a pipeline's denoising loop; one unit is one call of the transformer for one task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from triptych.stage import ControlResult, GatherStage, Order, UsePreview
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from triptych.model import Step
+    from triptych.stage.gathered import Live
+
+
+class DenoiseStage(GatherStage):
+    """The middle panel. Makes previews for tasks that ask, once it was told how (`UsePreview`)."""
+
+    _previewer: Callable[[dict[str, Any], torch.Tensor], torch.Tensor] | None = None
+
+    def control(self, order: Order) -> ControlResult:
+        """Takes `UsePreview`. Raises Unsupported for the rest."""
+        if isinstance(order, UsePreview):
+            self._previewer = order.preview
+            return ControlResult()
+        return super().control(order)
+
+    def _preview(self, live: Live, step: Step) -> torch.Tensor | None:
+        latents = step.denoised if step.denoised is not None else step.latents
+        if not live.task.preview or self._previewer is None or latents is None:
+            return None
+        return self._previewer(live.task.fields, self.program.boundary_latents(live.inputs, latents))

@@ -1,0 +1,334 @@
+"""The topology of a model: what its stages are and what crosses between them. Reads configs, never weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
+
+from triptych.errors import LoadError, Unsupported
+from triptych.model import blocks as modular
+from triptych.model.families import Family, resolve_family, wrong_in_modular
+from triptych.model.load import meta_component
+from triptych.model.open import component_infos
+from triptych.model.standard import standard_topology
+from triptych.model.topology import (
+    STAGES,
+    ComponentInfo,
+    Defaults,
+    InputInfo,
+    Port,
+    Source,
+    StageName,
+    StageTopology,
+    Topology,
+)
+from triptych.model.trust import Trust
+
+__all__ = ["describe", "folder_defaults"]
+
+DENOISERS = ("transformer", "unet", "prior")
+GENERATOR_STATE = "generator_state"
+# Inputs of the blocks that are no person's to give: run-time objects, and tensors that earlier blocks make.
+NOT_REQUESTED = frozenset({"generator", "output_type", "timesteps", "dtype", "batch_size", "latents", "device"})
+DEFAULTS_FILE = "triptych.json"
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What every step of the description needs."""
+
+    source: Source
+    index: Mapping[str, Any]
+    infos: Mapping[str, ComponentInfo]
+    family: Family
+
+
+def describe(source: Source, workflow: str | None = None, trust: Trust = Trust()) -> Topology:
+    """The topology of `source` for one workflow, or for the union of its workflows where `workflow` is None.
+
+    Raises Unsupported for an unknown workflow (listing the known ones), LoadError for a broken folder.
+    """
+    index = modular.read_index(source)
+    infos = component_infos(source)
+    family = resolve_family(index)
+    reason = wrong_in_modular(index)
+    if family is None or reason is not None:
+        return standard_topology(source, infos, workflow)
+    return _modular_topology(_Model(source, index, infos, family), workflow)
+
+
+def _modular_topology(model: _Model, workflow: str | None) -> Topology:
+    whole = modular.full_blocks(model.family, model.index)
+    native = modular.native_workflows(whole, model.family)
+    lacking = {ours: _lacking(model, modular.workflow_blocks(whole, name)) for ours, name in native.items()}
+    supported = [name for name, missing in lacking.items() if not missing]
+    if not supported:
+        missing = sorted({name for names in lacking.values() for name in names})
+        raise LoadError(f"{model.source.name} lacks {', '.join(missing)}, without which no workflow can run")
+    if workflow is not None and workflow not in supported:
+        why = f" (needs {', '.join(lacking[workflow])})" if workflow in lacking else ""
+        raise Unsupported(f"given {workflow!r}{why}; allowed: {', '.join(supported)}", field="workflow")
+    stages = _stages(model, whole, {name: native[name] for name in supported}, workflow)
+    notes = [f"{name} needs {', '.join(missing)}, absent here" for name, missing in lacking.items() if missing]
+    chosen = workflow or next((name for name in supported if name.startswith("text2")), supported[0])
+    return _with_facts(model, whole, stages, chosen, tuple(supported), tuple(notes))
+
+
+def _lacking(model: _Model, blocks: Mapping[str, ModularPipelineBlocks]) -> list[str]:
+    """The components that these blocks need and the folder does not have."""
+    return [
+        name
+        for block in blocks.values()
+        for name, spec in _specs(block).items()
+        if spec.default_creation_method == "from_pretrained"
+        and name not in model.infos
+        and name not in model.family.nullable
+    ]
+
+
+def _specs(block: ModularPipelineBlocks) -> dict[str, Any]:
+    with modular.quiet():
+        return {spec.name: spec for spec in block.expected_components}
+
+
+def _stages(
+    model: _Model, whole: ModularPipelineBlocks, native: Mapping[str, str | None], workflow: str | None
+) -> tuple[StageTopology, ...]:
+    """The stages, without what crosses taken from the wrong blocks: ports from the blocks that will run, components
+    from the workflows that are supported (the whole blocks list those of unsupported ones as well)."""
+    run = modular.workflow_blocks(whole, native[workflow] if workflow else None)
+    grouped = modular.group(run)
+    wanted = [workflow] if workflow else list(native)
+    needed = {stage: _needed(whole, [native[name] for name in wanted], stage) for stage in STAGES}
+    parts = {stage: [run[name] for name in names] for stage, names in grouped.items()}
+    ports = _Ports(parts)
+    return tuple(
+        StageTopology(
+            name=stage,
+            blocks=tuple(grouped[stage]),
+            loads=_loads(model, stage, needed[stage]),
+            reads=_reads(model, stage, needed[stage]),
+            request_inputs=ports.request_inputs(stage),
+            inputs=ports.inputs(stage),
+            outputs=ports.outputs(stage),
+            samples=ports.samples(stage),
+        )
+        for stage in STAGES
+        if grouped[stage]
+    )
+
+
+def _needed(whole: ModularPipelineBlocks, natives: Iterable[str | None], stage: StageName) -> list[str]:
+    names: dict[str, None] = {}
+    for native in natives:
+        blocks = modular.workflow_blocks(whole, native)
+        for block in modular.group(blocks)[stage]:
+            names.update(dict.fromkeys(_specs(blocks[block])))
+    return list(names)
+
+
+def _runs(model: _Model, stage: StageName, name: str) -> bool:
+    """Whether a stage that lists the component runs it, and does not merely read its config."""
+    if (stage, name) in model.family.uses:
+        return True
+    kind = name.rstrip("_0123456789")
+    if kind.endswith("vae"):
+        return stage != "denoise"
+    return not (kind in DENOISERS and stage != "denoise")
+
+
+def _loads(model: _Model, stage: StageName, needed: Iterable[str]) -> tuple[str, ...]:
+    return tuple(name for name in needed if name in model.infos and _runs(model, stage, name))
+
+
+def _reads(model: _Model, stage: StageName, needed: Iterable[str]) -> tuple[str, ...]:
+    """Listed but not run, plus what blocks look at without listing it: the VAE's scale decides every latent size."""
+    silent = ["vae", *(name for where, name in model.family.reads if where == stage)]
+    loads = _loads(model, stage, needed)
+    return tuple(name for name in dict.fromkeys([*needed, *silent]) if name in model.infos and name not in loads)
+
+
+class _Ports:
+    """What crosses between groups of blocks, from what the blocks declare."""
+
+    def __init__(self, parts: Mapping[StageName, list[ModularPipelineBlocks]]) -> None:
+        joined = {stage: modular.joined(blocks) for stage, blocks in parts.items()}
+        self.declared = {stage: blocks.inputs for stage, blocks in joined.items()}
+        self.made: dict[StageName, dict[str, Any]] = {
+            stage: {item.name: item for leaf in modular.leaves_of(blocks) for item in leaf.intermediate_outputs}
+            for stage, blocks in joined.items()
+        }
+        for stage, blocks in joined.items():
+            for loop in modular.loops_of(blocks):
+                self.made[stage].update({item.name: item for item in loop.intermediate_outputs})
+
+    def _later(self, stage: StageName) -> tuple[set[str], set[str]]:
+        """The names and the tags that later stages want."""
+        later = [item for other in STAGES[STAGES.index(stage) + 1 :] for item in self.declared[other]]
+        names = {item.name for item in later if item.name}
+        return names, {item.kwargs_type for item in later if item.kwargs_type}
+
+    def samples(self, stage: StageName) -> bool:
+        """Whether the stage may draw from the generator."""
+        return any(item.name == "generator" for item in self.declared[stage])
+
+    def outputs(self, stage: StageName) -> tuple[Port, ...]:
+        """What later stages want of what this one makes, and of what it merely hands on."""
+        if stage == "decode":
+            return tuple(Port(item.name, None, _hint(item)) for item in self.made[stage].values() if _is_media(item))
+        names, tags = self._later(stage)
+        ports = [
+            Port(item.name, item.kwargs_type, _hint(item))
+            for item in self.made[stage].values()
+            if item.name in names or item.kwargs_type in tags
+        ]
+        known = {port.name for port in ports}
+        if stage == "denoise":
+            ports += [port for port in self.outputs("encode") if port.name in names and port.name not in known]
+        if self.samples(stage) and "generator" in names and not any(port.name == GENERATOR_STATE for port in ports):
+            ports.append(Port(GENERATOR_STATE, None, "torch.Tensor"))
+        return tuple(ports)
+
+    def inputs(self, stage: StageName) -> tuple[Port, ...]:
+        """What this stage takes from the one before it."""
+        place = STAGES.index(stage)
+        if place == 0:
+            return ()
+        required = {item.name for item in self.declared[stage] if item.required}
+        before = self.outputs(STAGES[place - 1])
+        return tuple(Port(port.name, port.tag, port.type_hint, port.name in required) for port in before)
+
+    def request_inputs(self, stage: StageName) -> tuple[InputInfo, ...]:
+        """The fields that a person may give: declared, made by no stage before, and no tensor."""
+        made = {name for other in STAGES[: STAGES.index(stage)] for name in self.made[other]}
+        given = [item for item in self.declared[stage] if item.name and _is_requested(item)]
+        return tuple(
+            InputInfo(item.name, _plain(item.default), bool(item.required), _hint(item), item.description or "")
+            for item in given
+            if item.name not in made or item.name in ("height", "width")
+        )
+
+
+def _is_media(item: Any) -> bool:
+    return item.name in ("images", "videos", "audio")
+
+
+def _is_requested(item: Any) -> bool:
+    hint = _hint(item)
+    return item.name not in NOT_REQUESTED and not ("Tensor" in hint and "image" not in hint.lower())
+
+
+def _hint(item: Any) -> str:
+    hint = item.type_hint
+    if hint is None:
+        return ""
+    return hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
+
+
+def _plain(value: Any) -> Any:
+    """The default if it is JSON, else None."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        return None
+
+
+def folder_defaults(source: Source) -> dict[str, Any]:
+    """The `defaults` of the folder's own triptych.json, {} if it has none. Raises LoadError if it is broken."""
+    path = Path(source.folder) / DEFAULTS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LoadError(f"{DEFAULTS_FILE} of {source.name} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise LoadError(f"{DEFAULTS_FILE} of {source.name} holds no object")
+    known = {name for name in Defaults.__dataclass_fields__}
+    return {key: value for key, value in found.get("defaults", found).items() if key in known}
+
+
+def _with_facts(
+    model: _Model,
+    whole: ModularPipelineBlocks,
+    stages: tuple[StageTopology, ...],
+    workflow: str,
+    workflows: tuple[str, ...],
+    notes: tuple[str, ...],
+) -> Topology:
+    pipe = modular.make_pipeline(model.source, model.family, model.index, whole)
+    for name in (*DENOISERS, "vae"):
+        if name in model.infos:
+            setattr(pipe, name, meta_component(model.source, model.infos[name]))
+    scale = _spatial_scale(pipe)
+    video = any(port.name == "videos" for stage in stages for port in stage.outputs)
+    inputs = {item.name: item for stage in stages for item in stage.request_inputs}
+    return Topology(
+        source=model.source,
+        workflow=workflow,
+        workflows=workflows,
+        family=model.family.name,
+        pipeline_class=model.index["_class_name"],
+        adapter="modular",
+        stages=stages,
+        components=dict(model.infos),
+        defaults=_defaults(model, pipe, inputs, video),
+        spatial_multiple=scale * model.family.patch,
+        latent_scale=scale,
+        latent_channels=_latent_channels(pipe),
+        temporal_scale=_temporal_scale(pipe) if video else None,
+        makes="video" if video else "image",
+        guidance=_guidance(pipe, inputs),
+        notes=notes,
+    )
+
+
+def _first(pipe: ModularPipeline, names: Iterable[str], fallback: Any) -> Any:
+    for name in names:
+        value = getattr(pipe, name, None)
+        if value is not None:
+            return value
+    return fallback
+
+
+def _spatial_scale(pipe: ModularPipeline) -> int:
+    # Z-Image's vae_scale_factor_spatial is its image processor's (a multiple for pictures, not the VAE's scale).
+    return int(_first(pipe, ("vae_scale_factor", "vae_spatial_compression_ratio", "vae_scale_factor_spatial"), 8))
+
+
+def _temporal_scale(pipe: ModularPipeline) -> int:
+    return int(_first(pipe, ("vae_scale_factor_temporal", "vae_temporal_compression_ratio"), 1))
+
+
+def _latent_channels(pipe: ModularPipeline) -> int:
+    config = getattr(getattr(pipe, "vae", None), "config", {})
+    return int(config.get("latent_channels") or config.get("z_dim") or _first(pipe, ("num_channels_latents",), 0))
+
+
+def _guidance(pipe: ModularPipeline, inputs: Mapping[str, InputInfo]) -> Any:
+    if getattr(pipe, "guider", None) is not None:
+        return "classifier_free"
+    config = getattr(_first(pipe, DENOISERS, None), "config", {})
+    return "embedded" if "guidance_scale" in inputs and config.get("guidance_embeds", True) else "none"
+
+
+def _defaults(model: _Model, pipe: ModularPipeline, inputs: Mapping[str, InputInfo], video: bool) -> Defaults:
+    def declared(name: str) -> Any:
+        return inputs[name].default if name in inputs else None
+
+    guider = getattr(pipe, "guider", None)
+    found: dict[str, Any] = {
+        "width": declared("width") or getattr(pipe, "default_width", None),
+        "height": declared("height") or getattr(pipe, "default_height", None),
+        "num_inference_steps": declared("num_inference_steps"),
+        "guidance_scale": guider.config.get("guidance_scale") if guider is not None else declared("guidance_scale"),
+    }
+    if video:
+        found["num_frames"] = declared("num_frames") or getattr(pipe, "default_num_frames", None)
+        found["fps"] = model.family.fps
+    return Defaults(**{**found, **folder_defaults(model.source)})

@@ -1,0 +1,361 @@
+"""One stage of a pipeline run from Modular Diffusers' own blocks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from diffusers.guiders.guider_utils import BaseGuidance
+from diffusers.modular_pipelines.modular_pipeline import (
+    ConditionalPipelineBlocks,
+    LoopSequentialPipelineBlocks,
+    ModularPipeline,
+    ModularPipelineBlocks,
+    PipelineState,
+)
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
+
+from triptych.errors import InvalidRequest, LoadError, Unsupported, WrongPayload
+from triptych.model import blocks as modular
+from triptych.model.families import Family, resolve_family
+from triptych.model.load import Components, Placement, meta_component
+from triptych.model.program import Step, TaskInputs, TaskOutputs
+from triptych.model.topology import StageTopology, Topology
+
+__all__ = ["GENERATOR_STATE", "ModularProgram"]
+
+GENERATOR_STATE = "generator_state"
+ANCHOR = "triptych_anchor"
+FLOW_PREDICTIONS = ("flow_prediction", "flow")
+
+
+class ModularProgram:
+    """Runs one stage's blocks (see `StageProgram`). Tasks share the loaded components and the blocks; each has its
+    own view of the pipeline, with its own scheduler, guiders and stand-ins."""
+
+    def __init__(self, topology: Topology, stage: StageTopology) -> None:
+        self.topology = topology
+        self.stage = stage
+        self.components: dict[str, Any] = {}
+        self._index = modular.read_index(topology.source)
+        family = resolve_family(self._index)
+        if family is None:
+            raise Unsupported(f"no modular blocks for {topology.pipeline_class}")
+        self._family: Family = family
+        self._pipe: ModularPipeline | None = None
+        self._device = torch.device("cpu")
+        self._dtype = torch.float32
+        self._running: dict[int, ModularPipeline] = {}
+
+    def load(self, components: Components, placement: Placement) -> None:
+        """Loads what `stage.loads` names and puts configs on the meta device for `stage.reads`. Raises LoadError."""
+        names = self.stage.blocks
+        blocks = modular.select(self._family, self._index, self.topology.workflow, names)
+        pipe = modular.make_pipeline(self.topology.source, self._family, self._index, blocks)
+        infos = self.topology.components
+        for name in self.stage.loads:
+            found = components.get(infos[name], placement)
+            if found is None:
+                raise LoadError(f"{name} of {self.topology.source.name} came to nothing")
+            self.components[name] = self._mended(name, found)
+        for name in self.stage.reads:
+            setattr(pipe, name, meta_component(self.topology.source, infos[name]))
+        for name, component in self.components.items():
+            setattr(pipe, name, component)
+        for loop in modular.loops_of(blocks):
+            loop.set_progress_bar_config(disable=True)
+            loop.sub_blocks.insert("triptych_before_step", _BeforeStep(), 0)
+            loop.sub_blocks["triptych_after_step"] = _AfterStep()
+        self._device, self._dtype = placement.device, self._main_dtype()
+        self._anchor(pipe)
+        self._pipe = pipe
+
+    def _main_dtype(self) -> torch.dtype:
+        """What the stage computes in: the dtype of the first component that has weights."""
+        models = (item for item in self.components.values() if isinstance(item, torch.nn.Module))
+        return next((model.dtype for model in models), torch.float32)  # type: ignore[misc]
+
+    def _anchor(self, pipe: ModularPipeline) -> None:
+        """Makes the pipeline's device and dtype ours whatever it holds: diffusers asks the first module it finds,
+        which may be one on the meta device or no module at all, but a stand-in."""
+        setattr(pipe, ANCHOR, _Anchor(self._device, self._dtype))
+        pipe._component_specs = {ANCHOR: ComponentSpec(ANCHOR), **pipe._component_specs}
+
+    def _mended(self, name: str, component: Any) -> Any:
+        if self._family.multimodal_rope and name == "text_encoder":
+            return with_token_types(component)
+        return component
+
+    def run(
+        self,
+        task: TaskInputs,
+        stand_ins: Mapping[str, Any],
+        on_step: Callable[[Step], None] | None = None,
+    ) -> TaskOutputs:
+        """Runs the stage's blocks for one task. Raises InvalidRequest or WrongPayload for inputs that are missing,
+        and whatever `on_step` raises."""
+        view = self._view(task, stand_ins)
+        view.triptych_watch = _Watch(on_step, view) if on_step is not None else None
+        if GENERATOR_STATE in task.values:
+            task.generator.set_state(task.values[GENERATOR_STATE].cpu().contiguous())
+        before = task.generator.get_state()
+        state = self._state(task)
+        view.triptych_state = state
+        self._running[id(task)] = view
+        try:
+            with modular.quiet(), torch.no_grad():
+                view.blocks_of_stage(view, state)
+        finally:
+            del self._running[id(task)]
+        return self._outputs(task, state, before)
+
+    def boundary_latents(self, task: TaskInputs, latents: torch.Tensor) -> torch.Tensor:
+        """A step's latents (from `Step`, while the task runs) in the form in which they cross to decode: the blocks
+        that follow the loop are run on them, on a copy of the task's state."""
+        live = self._running[id(task)]
+        state = PipelineState(dict(live.triptych_state.values), dict(live.triptych_state.kwargs_mapping))
+        state.set("latents", latents)
+        with modular.quiet(), torch.no_grad():
+            for block in _after_loop(live.blocks_of_stage, state):
+                block(live, state)
+        return state.get("latents")
+
+    def _view(self, task: TaskInputs, stand_ins: Mapping[str, Any]) -> Any:
+        """The pipeline as one task sees it."""
+        if self._pipe is None:
+            raise RuntimeError(f"stage {self.stage.name} has not been loaded")
+        view: Any = copy.copy(self._pipe)
+        view.blocks_of_stage = self._pipe._blocks
+        with modular.quiet():
+            for name, component in self._pipe.components.items():
+                if isinstance(component, SchedulerMixin):
+                    setattr(view, name, fresh_scheduler(component, task.shift))
+                elif isinstance(component, BaseGuidance):
+                    setattr(view, name, self._guider(name, component, task))
+        for name, stand_in in stand_ins.items():
+            setattr(view, name, stand_in)
+        return view
+
+    def _guider(self, name: str, default: BaseGuidance, task: TaskInputs) -> BaseGuidance:
+        """The task's own guider. A second expert's takes `guidance_scale_2`, else the first's scale."""
+        options = dict(self._family.guider)
+        number = name.removeprefix("guider")
+        scale = task.fields.get(f"guidance_scale{number}") if number else None
+        scale = task.guidance_scale if scale is None else scale
+        if scale is None:
+            return default.new(**options)
+        # The standard pipelines switch guidance off at 1 and below, whatever the formula gives there.
+        return default.new(guidance_scale=float(scale), enabled=scale > 1, **options)
+
+    def _state(self, task: TaskInputs) -> PipelineState:
+        """The pipeline state that the unsplit pipeline would have reached here."""
+        state = PipelineState()
+        given = {**self._fields(task), "generator": task.generator, "output_type": "pt"}
+        values = {name: self._arrived(value) for name, value in task.values.items() if name != GENERATOR_STATE}
+        for item in self._stage_inputs():
+            if item.name is None:
+                continue
+            value = values.get(item.name, given.get(item.name))
+            if value is None and item.required:
+                self._refuse_missing(item.name)
+            state.set(item.name, item.default if value is None else value, item.kwargs_type)
+        for name, value in values.items():
+            state.values[name] = value
+        for tag, names in task.tags.items():
+            for name in names:
+                if name in values and name not in state.kwargs_mapping.get(tag, ()):
+                    state.set(name, values[name], tag)
+        return state
+
+    @functools.cache  # noqa: B019 (one entry, as long as the program)
+    def _stage_inputs(self) -> list[Any]:
+        assert self._pipe is not None
+        return self._pipe._blocks.inputs
+
+    def _refuse_missing(self, name: str) -> None:
+        if any(port.name == name for port in self.stage.inputs):
+            raise WrongPayload(f"stage {self.stage.name} needs {name}, which did not arrive")
+        raise InvalidRequest.of(name, None, "a value (this model needs it)")
+
+    def _fields(self, task: TaskInputs) -> dict[str, Any]:
+        fields = dict(task.fields)
+        if task.guidance_scale is not None:
+            fields.setdefault("guidance_scale", task.guidance_scale)
+        prompt, negative = fields.get("prompt"), fields.get("negative_prompt")
+        if self._family.negative_per_prompt and isinstance(prompt, list) and not isinstance(negative, list):
+            fields["negative_prompt"] = [negative or self._family.empty_negative] * len(prompt)
+        return fields
+
+    def _arrived(self, value: Any) -> Any:
+        """A value on this stage's device; in denoise also in its dtype, which blocks take from prompt_embeds."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._arrived(item) for item in value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        cast = self.stage.name == "denoise" and value.is_floating_point()
+        return value.to(self._device, self._dtype if cast else None)
+
+    def _outputs(self, task: TaskInputs, state: PipelineState, before: torch.Tensor) -> TaskOutputs:
+        """What the topology says crosses, without what the next stage has from the request anyway."""
+        values: dict[str, Any] = {}
+        for port in self.stage.outputs:
+            value = state.get(port.name)
+            if value is not None and value is not task.fields.get(port.name):
+                values[port.name] = crossing(port.name, value)
+        after = task.generator.get_state()
+        if any(port.name == GENERATOR_STATE for port in self.stage.outputs) and not torch.equal(before, after):
+            values[GENERATOR_STATE] = after
+        wanted = {port.tag for port in self.stage.outputs} - {None}
+        tags = {
+            tag: [name for name in dict.fromkeys(names) if name in values]
+            for tag, names in state.kwargs_mapping.items()
+            if tag in wanted
+        }
+        return TaskOutputs(values, {tag: names for tag, names in tags.items() if names})
+
+
+class _Anchor(torch.nn.Module):
+    """A module without weights that says where and in what the stage computes."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.device = device
+        self.dtype = dtype
+
+
+class _Watch:
+    """One task's eye on its loop: remembers the latents before a step, tells of the step after it."""
+
+    def __init__(self, on_step: Callable[[Step], None], view: Any) -> None:
+        self.on_step = on_step
+        self.scheduler = getattr(view, "scheduler", None)
+        self.latents: torch.Tensor | None = None
+        self.done = 0
+
+    def before(self, state: Any) -> None:
+        """A step is about to begin."""
+        self.latents = getattr(state, "latents", None)
+
+    def after(self, state: Any) -> None:
+        """A step has ended. What `on_step` raises ends the task."""
+        latents = getattr(state, "latents", None)
+        timesteps = getattr(state, "timesteps", None)
+        total = len(timesteps) if timesteps is not None else getattr(state, "num_inference_steps", self.done + 1)
+        step = Step(self.done, max(total, self.done + 1), latents, denoised(self.scheduler, self.latents, latents))
+        self.done += 1
+        self.on_step(step)
+
+
+class _Leaf(ModularPipelineBlocks):
+    """A block of our own in diffusers' loop; it takes and gives nothing."""
+
+    model_name = None
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: Any, **step: Any) -> tuple[Any, Any]:
+        if (watch := components.triptych_watch) is not None:
+            self.tell(watch, state)
+        return components, state
+
+    def tell(self, watch: _Watch, state: Any) -> None:
+        """Says to the task's watch where its loop is."""
+        raise NotImplementedError
+
+
+class _BeforeStep(_Leaf):
+    def tell(self, watch: _Watch, state: Any) -> None:
+        watch.before(state)
+
+
+class _AfterStep(_Leaf):
+    def tell(self, watch: _Watch, state: Any) -> None:
+        watch.after(state)
+
+
+def denoised(scheduler: Any, before: torch.Tensor | None, after: torch.Tensor | None) -> torch.Tensor | None:
+    """The clean latents that a step pointed at: on a flow's straight line x = (1 - sigma)·x0 + sigma·noise, two
+    points give x0. None where the scheduler is no flow, or the sigmas or latents are not there."""
+    index, sigmas = getattr(scheduler, "step_index", None), getattr(scheduler, "sigmas", None)
+    if before is None or after is None or not index or sigmas is None or not _is_flow(scheduler):
+        return None
+    if before.shape != after.shape or index >= len(sigmas):
+        return None
+    sigma, following = float(sigmas[index - 1]), float(sigmas[index])
+    if following == sigma:
+        return None
+    return after - following * (after - before) / (following - sigma)
+
+
+def _is_flow(scheduler: Any) -> bool:
+    config = scheduler.config
+    return "FlowMatch" in type(scheduler).__name__ or config.get("prediction_type") in FLOW_PREDICTIONS
+
+
+def fresh_scheduler(scheduler: Any, shift: float | None) -> Any:
+    """A scheduler of the same config and no state; `shift` replaces the config's, dynamic shifting included.
+
+    Raises InvalidRequest if the scheduler has no shift."""
+    config = scheduler.config
+    if shift is None:
+        return type(scheduler).from_config(config)
+    key = next((name for name in ("flow_shift", "shift") if name in config), None)
+    if key is None:
+        raise InvalidRequest.of("shift", shift, f"nothing ({type(scheduler).__name__} has no shift)")
+    changed = {key: shift} | ({"use_dynamic_shifting": False} if "use_dynamic_shifting" in config else {})
+    return type(scheduler).from_config(config, **changed)
+
+
+def with_token_types(encoder: Any) -> Any:
+    """The text encoder with `mm_token_type_ids` computed from its input ids (1 where an image token is, 2 a video
+    token) when a caller passes pictures without it. A shallow copy: the weights are shared, the class is its own."""
+    mended = copy.copy(encoder)
+    forward = encoder.forward
+    config = encoder.config
+
+    @functools.wraps(forward)
+    def with_types(*args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids")
+        if ids is not None and kwargs.get("mm_token_type_ids") is None and kwargs.get("pixel_values") is not None:
+            images, videos = ids == config.image_token_id, ids == config.video_token_id
+            kwargs["mm_token_type_ids"] = images.int() + 2 * videos.int()
+        return forward(*args, **kwargs)
+
+    # A Module refuses plain attributes of a Module's name only; a function lands in its __dict__ and shadows the class.
+    mended.__dict__ = {**encoder.__dict__, "forward": with_types}
+    assert inspect.signature(mended.forward) == inspect.signature(forward)
+    return mended
+
+
+def crossing(name: str, value: Any) -> Any:
+    """The value, if it may cross: tensors, JSON values, and lists of them. Raises Unsupported otherwise."""
+    if value is None or isinstance(value, (torch.Tensor, str, bool, int, float)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [crossing(name, item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): crossing(name, item) for key, item in value.items()}
+    raise Unsupported(f"{name} is a {type(value).__name__}, which cannot cross between stages")
+
+
+def _after_loop(block: ModularPipelineBlocks, state: PipelineState) -> Iterator[ModularPipelineBlocks]:
+    """The blocks that run after the loop, given what the conditions saw; none where there is no loop."""
+    if isinstance(block, LoopSequentialPipelineBlocks):
+        return
+    if isinstance(block, ConditionalPipelineBlocks):
+        triggers = {name: state.get(name) for name in block.block_trigger_inputs if name is not None}
+        chosen = block.select_block(**triggers) or block.default_block_name
+        if chosen is not None:
+            yield from _after_loop(block.sub_blocks[chosen], state)
+        return
+    after = False
+    for part in block.sub_blocks.values():
+        if after:
+            yield part
+        elif next(modular.loops_of(part), None) is not None:
+            after = True
+            yield from _after_loop(part, state)

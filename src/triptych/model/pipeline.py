@@ -1,0 +1,213 @@
+"""A standard diffusers pipeline, put together from components one by one, and a task's own view of it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from triptych.errors import InvalidRequest, Unsupported
+from triptych.model.program import Step, TaskInputs
+from triptych.model.topology import Topology
+
+SHIFTS = ("shift", "flow_shift")
+"""What schedulers call the shift of their noise levels in their configuration."""
+
+
+def pipeline_class(name: str) -> type[DiffusionPipeline]:
+    """The installed pipeline class of that name. Raises Unsupported."""
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    if isinstance(found, type) and issubclass(found, DiffusionPipeline):
+        return found
+    raise Unsupported(f"diffusers {diffusers.__version__} has no pipeline class {name}")
+
+
+def assemble(index: Mapping[str, Any], kind: type[DiffusionPipeline], components: Mapping[str, Any]) -> Any:
+    """The pipeline of these components and of the plain settings in its model_index.json (`index`). Components that
+    its constructor wants and that are not given are None."""
+    arguments: dict[str, Any] = {}
+    for name, parameter in inspect.signature(kind.__init__).parameters.items():
+        if name == "self" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if name in components:
+            arguments[name] = components[name]
+        elif name in index and not isinstance(index[name], list):
+            arguments[name] = index[name]
+        elif parameter.default is parameter.empty or isinstance(index.get(name), list):
+            arguments[name] = None
+    pipe = kind(**arguments)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def view(pipe: Any, swaps: Iterable[tuple[Any, Any]]) -> Any:
+    """A shallow copy of the pipeline for one task, with some components replaced by the task's own, also in the
+    pipelines inside it (combined pipelines hold several)."""
+    double = copy.copy(pipe)
+    replaced = {id(old): new for old, new in swaps}
+    for name, value in vars(pipe).items():
+        if id(value) in replaced:
+            vars(double)[name] = replaced[id(value)]
+        elif isinstance(value, DiffusionPipeline):
+            vars(double)[name] = view(value, swaps)
+    return double
+
+
+@dataclass
+class Loop:
+    """What is known of a task's denoising loop: the pipeline it runs in and the steps done."""
+
+    pipe: Any = None
+    on_step: Callable[[Step], None] | None = None
+    done: int = 0
+
+    def total(self, scheduler: Any) -> int:
+        """The number of steps, as the pipeline counts them where it does."""
+        return getattr(self.pipe, "_num_timesteps", None) or len(scheduler.timesteps)
+
+
+class WatchedStep:
+    """A scheduler's `step`, told of after each call. Some pipelines copy their scheduler for a second modality: the
+    copy gets its own plain `step` back."""
+
+    def __init__(self, scheduler: Any, loop: Loop) -> None:
+        self._scheduler, self._loop = scheduler, loop
+        self._real = scheduler.step
+        functools.update_wrapper(self, self._real)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        scheduler = memo.get(id(self._scheduler), self._scheduler)
+        return types.MethodType(type(scheduler).step, scheduler)
+
+    def __call__(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        sigma = _sigma(self._scheduler, timestep)
+        result = self._real(model_output, timestep, sample, *args, **kwargs)
+        loop = self._loop
+        if loop.on_step is not None:
+            denoised = _denoised(self._scheduler, result, model_output, sample, sigma)
+            step = Step(loop.done, max(loop.total(self._scheduler), loop.done + 1), _latents(result), denoised)
+            loop.done += 1
+            loop.on_step(step)
+        return result
+
+
+def _latents(result: Any) -> torch.Tensor | None:
+    latents = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
+    return latents if isinstance(latents, torch.Tensor) else None
+
+
+def _sigma(scheduler: Any, timestep: Any) -> float | None:
+    """The noise level that a step starts from, None where the scheduler has none. Read before the step: it moves on."""
+    sigmas, index = getattr(scheduler, "sigmas", None), getattr(scheduler, "step_index", None)
+    if sigmas is None:
+        return None
+    if index is None:
+        index = getattr(scheduler, "begin_index", None) or 0
+    return float(sigmas[min(index, len(sigmas) - 1)])
+
+
+def _denoised(scheduler: Any, result: Any, output: Any, sample: Any, sigma: float | None) -> torch.Tensor | None:
+    """The estimate of the final latents that the step was taken with, None where the scheduler gives no way to it."""
+    estimate = getattr(result, "pred_original_sample", None)
+    if estimate is None and isinstance(result, tuple) and len(result) > 1:
+        estimate = result[1]
+    if isinstance(estimate, torch.Tensor) and estimate.shape == sample.shape:
+        return estimate
+    config = scheduler.config
+    flows = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if sigma is None or not (flows or type(scheduler).__name__.startswith("FlowMatch")):
+        return None
+    return sample - sigma * output if output.shape == sample.shape else None
+
+
+def own_schedulers(pipe: Any, shift: float | None, loop: Loop) -> list[tuple[Any, Any]]:
+    """A task's own copies of the pipeline's schedulers, as swaps for `view`, their steps told to `loop`.
+
+    Raises InvalidRequest if `shift` is given and no scheduler knows one.
+    """
+    pairs = [(old, copy.deepcopy(old)) for old in pipe.components.values() if hasattr(old, "set_timesteps")]
+    shifted = [set_shift(scheduler, shift) for _, scheduler in pairs if shift is not None]
+    if shift is not None and not any(shifted):
+        raise InvalidRequest.of("shift", shift, "nothing (this model's scheduler has no shift)")
+    for _, scheduler in pairs:
+        scheduler.step = WatchedStep(scheduler, loop)
+    return pairs
+
+
+def set_shift(scheduler: Any, shift: float) -> bool:
+    """Gives a task's own scheduler a fixed shift in place of its configured or size-dependent one; False if it has
+    none."""
+    known = [name for name in SHIFTS if name in scheduler.config]
+    if not known or scheduler.config.get("use_dynamic_shifting"):
+        return False
+    scheduler.register_to_config(**{known[0]: shift})
+    if hasattr(scheduler, "set_shift"):
+        scheduler.set_shift(shift)
+    return True
+
+
+def arguments(topology: Topology, pipe: Any, task: TaskInputs, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What to call the pipeline with. Raises InvalidRequest for a field that it does not take."""
+    taken = inspect.signature(pipe.__call__).parameters
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    unknown = [name for name in given if name not in taken]
+    if unknown:
+        raise InvalidRequest.of(unknown[0], given[unknown[0]], f"nothing ({topology.pipeline_class} has no such input)")
+    scale = guidance_field(topology.guidance, taken)
+    if task.guidance_scale is not None and scale is not None:
+        given[scale] = task.guidance_scale
+    if scale == "true_cfg_scale" and given.get(scale, taken[scale].default) > 1:
+        # Without a negative prompt these pipelines leave the guidance out and only log it.
+        given.setdefault("negative_prompt", _empty_like(given.get("prompt")))
+    ours = {"generator": task.generator, "output_type": "pt", "return_dict": False}
+    return given | {name: value for name, value in ours.items() if name in taken}
+
+
+def _empty_like(prompt: Any) -> str | list[str]:
+    return [""] * len(prompt) if isinstance(prompt, list) else ""
+
+
+def guidance_field(guidance: str, taken: Iterable[str]) -> str | None:
+    """The argument that the request's guidance scale becomes, None if the pipeline takes none."""
+    order = ("guidance_scale", "true_cfg_scale")
+    return next((name for name in (reversed(order) if guidance == "classifier_free" else order) if name in taken), None)
+
+
+def pictures(result: Any, makes: Literal["image", "video"]) -> torch.Tensor:
+    """A pipeline's result as float in 0…1: images (batch, channels, height, width), videos (batch, frames, channels,
+    height, width). Raises Unsupported for what is neither."""
+    made = result[0] if isinstance(result, tuple | dict) else result
+    if isinstance(made, torch.Tensor):
+        tensor = made
+    else:
+        array = np.stack([_array(item) for item in made]) if isinstance(made, list) else np.asarray(made)
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).movedim(-1, -3)
+    if tensor.dtype == torch.uint8:
+        tensor = tensor.float() / 255
+    wanted = 5 if makes == "video" else 4
+    if tensor.ndim != wanted or not tensor.is_floating_point():
+        raise Unsupported(f"the pipeline made no {makes} but {tensor.dtype} of shape {tuple(tensor.shape)}")
+    return tensor
+
+
+def _array(item: Any) -> np.ndarray:
+    """Channels last, from a picture, a list of frames, or an array."""
+    if isinstance(item, list):
+        return np.stack([_array(frame) for frame in item])
+    if isinstance(item, Image.Image):
+        return np.array(item.convert("RGB"))
+    if isinstance(item, torch.Tensor):
+        return item.movedim(-3, -1).float().cpu().numpy()
+    return np.asarray(item)

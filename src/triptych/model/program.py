@@ -1,0 +1,75 @@
+"""The face that every way of running a pipeline's code shows to a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from triptych.model.load import Components, Placement
+from triptych.model.topology import StageTopology, Topology
+
+
+@dataclass(frozen=True)
+class Step:
+    """A denoising step has ended: `index` of `total`, 0-based. `latents` are the pipeline's own, in its own packing,
+    `denoised` the estimate of the final ones where the scheduler allows one (sigmas known), else None."""
+
+    index: int
+    total: int
+    latents: torch.Tensor | None
+    denoised: torch.Tensor | None = None
+
+
+@dataclass
+class TaskInputs:
+    """What one task of a stage works on. `fields` are the request's, in the pipeline's own names (prompt, height,
+    num_inference_steps…); `values` came from earlier stages, `tags` are their kwargs_type names. `generator` is
+    the task's own, already seeded or restored."""
+
+    fields: dict[str, Any]
+    guidance_scale: float | None
+    generator: torch.Generator
+    values: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, list[str]] = field(default_factory=dict)
+    shift: float | None = None
+
+
+@dataclass
+class TaskOutputs:
+    """What crosses to later stages: tensors, lists of them, JSON values. From decode: `images` (batch, channels,
+    height, width) or `videos` (batch, frames, channels, height, width), float in 0…1."""
+
+    values: dict[str, Any]
+    tags: dict[str, list[str]] = field(default_factory=dict)
+
+
+class StageProgram(Protocol):
+    """One stage's share of a pipeline's code. Holds no state of any task; `run` may be entered by many greenlets of
+    one thread, each with its own inputs and component stand-ins."""
+
+    topology: Topology
+    stage: StageTopology
+    components: Mapping[str, Any]
+    """The loaded components, weights included, by their pipeline names. Empty before `load`."""
+
+    def load(self, components: Components, placement: Placement) -> None:
+        """Loads only what `stage.loads` names (through `components`), and meta-device stand-ins for `stage.reads`.
+        Raises LoadError with the reason."""
+        ...
+
+    def run(
+        self,
+        task: TaskInputs,
+        stand_ins: Mapping[str, Any],
+        on_step: Callable[[Step], None] | None = None,
+    ) -> TaskOutputs:
+        """Runs the pipeline's code for one task. `stand_ins` replace components of those names for this task only.
+        `on_step` is called after each denoising step and may raise to end the task; what it raises comes out."""
+        ...
+
+    def boundary_latents(self, task: TaskInputs, latents: torch.Tensor) -> torch.Tensor:
+        """The step's latents in the form in which they cross to decode (unpacked), for previews."""
+        ...

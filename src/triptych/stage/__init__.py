@@ -1,0 +1,45 @@
+"""The Stage contract, and the primitive that runs many tasks' own pipeline code in one thread."""
+
+from triptych.stage.gather import Call, Gather, Parked
+from triptych.stage.gathered import GatherStage
+from triptych.stage.protocol import (
+    Admitted,
+    ControlResult,
+    Failed,
+    Flush,
+    Full,
+    JobId,
+    LoadProgress,
+    Order,
+    Output,
+    Refused,
+    Stage,
+    StageEvent,
+    StageInfo,
+    StageTask,
+    StepDone,
+    UsePreview,
+)
+
+__all__ = [
+    "Admitted",
+    "Call",
+    "ControlResult",
+    "Failed",
+    "Flush",
+    "Full",
+    "Gather",
+    "GatherStage",
+    "JobId",
+    "LoadProgress",
+    "Order",
+    "Output",
+    "Parked",
+    "Refused",
+    "Stage",
+    "StageEvent",
+    "StageInfo",
+    "StageTask",
+    "StepDone",
+    "UsePreview",
+]

@@ -1,0 +1,232 @@
+"""A stage whose tasks run their own pipeline code in greenlets and meet at the heavy components."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from triptych.errors import Cancelled, NotEnoughMemory, StageFailed, TriptychError, Unsupported, WrongPayload
+from triptych.model import Components, Placement, StageProgram, Step, TaskInputs, TaskOutputs
+from triptych.stage.gather import Call, Gather, Parked, TaskGreenlet
+from triptych.stage.health import first_bad_weight, is_finite, peak_bytes, reset_peak
+from triptych.stage.protocol import (
+    Admitted,
+    ControlResult,
+    Failed,
+    Full,
+    JobId,
+    LoadProgress,
+    Order,
+    Output,
+    Refused,
+    StageEvent,
+    StageInfo,
+    StageTask,
+    StepDone,
+)
+from triptych.transfer import Payload
+
+
+@dataclass
+class Live:
+    """A task that was admitted: its greenlet, the call it is parked at (None: not started), what it has done."""
+
+    task: StageTask
+    inputs: TaskInputs
+    greenlet: TaskGreenlet | None = None
+    call: Call | None = None
+    began: float = 0.0
+    steps: int = 0
+    checked: set[str] = field(default_factory=set)
+
+
+class GatherStage:
+    """A Stage over one StageProgram. Subclasses say how a task's result crosses and what a step looks like.
+
+    One thread drives it, inside one outer `torch.no_grad()`. A group is one call today; `_choose` is where step
+    batching will pick more. Raises nothing from `step`: a task's error becomes its `Failed` event.
+    """
+
+    def __init__(self, program: StageProgram, components: Components, placement: Placement, capacity: int = 4) -> None:
+        self.program = program
+        self.name = program.stage.name
+        self._components = components
+        self._placement = placement
+        self._capacity = capacity
+        self._gather = Gather({})
+        self._live: dict[JobId, Live] = {}
+        self._events: list[StageEvent] = []
+        self._loaded = False
+
+    def load(self, report: Callable[[LoadProgress], None]) -> StageInfo:
+        """Loads this stage's components. Raises LoadError with the component and the reason."""
+        names = self.program.stage.loads
+        infos = self.program.topology.components
+        began, done = time.perf_counter(), 0
+        for name in names:
+            if name in infos:
+                self._components.get(infos[name], self._placement)
+                done += 1
+                now = time.perf_counter()
+                report(LoadProgress(name, infos[name].bytes, now - began, done, len(names)))
+                began = now
+        self.program.load(self._components, self._placement)
+        self._gather = Gather(self.program.components)
+        self._loaded = True
+        size = sum(infos[name].bytes for name in names if name in infos)
+        return StageInfo(self.name, size, self._capacity, tuple(sorted(self._gather.stand_ins)))
+
+    def admit(self, task: StageTask) -> Admitted | Full | Refused:
+        """Takes a task if there is room and what it brings is what the topology declares."""
+        if not self._loaded:
+            return Refused(Unsupported(f"stage {self.name} is not loaded"))
+        if task.job in self._live:
+            return Refused(WrongPayload(f"stage {self.name} already holds job {task.job}"))
+        if len(self._live) >= self._capacity:
+            return Full()
+        try:
+            self._check(task.payload)
+        except WrongPayload as error:
+            return Refused(error)
+        self._live[task.job] = Live(task, self._inputs(task))
+        return Admitted()
+
+    def _check(self, payload: Payload | None) -> None:
+        if payload is None:
+            return
+        payload.check()
+        missing = [p.name for p in self.program.stage.inputs if p.required and payload.values.get(p.name) is None]
+        if missing:
+            raise WrongPayload(f"stage {self.name} needs {', '.join(missing)}", field=missing[0])
+
+    def _inputs(self, task: StageTask) -> TaskInputs:
+        # On the CPU whatever the device, so that a seed means the same picture everywhere.
+        generator = torch.Generator("cpu").manual_seed(task.seed)
+        inputs = TaskInputs(dict(task.fields), task.guidance_scale, generator, shift=task.shift)
+        if task.payload is not None:
+            inputs.values = dict(task.payload.values)
+            inputs.tags = {name: list(values) for name, values in task.payload.tags.items()}
+        return inputs
+
+    def step(self) -> list[StageEvent]:
+        """Starts what is new, then runs one group of parked calls and resumes its tasks."""
+        for live in list(self._live.values()):
+            if live.greenlet is None:
+                self._start(live)
+        group = self._choose()
+        for live in group:
+            self._run(live)
+        events, self._events = self._events, []
+        return events
+
+    def _choose(self) -> list[Live]:
+        """The task that has waited longest: the front of the queue."""
+        return [next(iter(self._live.values()))] if self._live else []
+
+    def _start(self, live: Live) -> None:
+        live.began = time.perf_counter()
+        reset_peak(self._placement.device)
+        live.greenlet = self._gather.start(lambda: self._body(live))
+        self._advance(live, lambda task: self._gather.resume(task))
+
+    def _body(self, live: Live) -> TaskOutputs:
+        return self.program.run(live.inputs, self._gather.stand_ins, lambda step: self._on_step(live, step))
+
+    def _on_step(self, live: Live, step: Step) -> None:
+        live.steps = step.index + 1
+        if step.latents is not None and step.index in (0, step.total - 1) and not is_finite(step.latents):
+            raise self._failed(live, f"the latents hold NaN or infinity after step {step.index + 1}", "NonFinite")
+        seconds = time.perf_counter() - live.began
+        self._events.append(StepDone(live.task.job, step.index + 1, step.total, seconds, self._preview(live, step)))
+
+    def _preview(self, live: Live, step: Step) -> torch.Tensor | None:
+        """A small picture of what the step's latents hold; None unless the task asked and the stage can."""
+        return None
+
+    def _run(self, live: Live) -> None:
+        call = live.call
+        assert call is not None
+        try:
+            result = self._gather.run([call])[0]
+            self._check_finite(live, call, result)
+        except Exception as error:
+            reason = error
+            self._advance(live, lambda task: self._gather.fail(task, reason))
+        else:
+            self._advance(live, lambda task: self._gather.resume(task, result))
+
+    def _check_finite(self, live: Live, call: Call, result: Any) -> None:
+        """At a component's first call for a task: NaN from NaN weights is told by the weight's name."""
+        if call.component in live.checked:
+            return
+        live.checked.add(call.component)
+        if is_finite(result):
+            return
+        weight = first_bad_weight(self.program.components[call.component])
+        if weight is not None:
+            raise self._failed(live, f"weight {weight} of {call.component} holds NaN or infinity", "NonFinite")
+
+    def _advance(self, live: Live, go: Callable[[TaskGreenlet], Any]) -> None:
+        """Moves a task to its next call, its end or its failure, and to the back of the queue."""
+        task = live.greenlet
+        assert task is not None
+        self._live.pop(live.task.job, None)
+        try:
+            reached = go(task)
+        except Cancelled:
+            return
+        except Exception as error:
+            self._events.append(Failed(live.task.job, self._explain(live, error)))
+            return
+        if isinstance(reached, Parked):
+            live.call = reached.call
+            self._live[live.task.job] = live
+            return
+        self._end(live, reached)
+
+    def _end(self, live: Live, outputs: TaskOutputs) -> None:
+        try:
+            payload = self._payload(live, outputs)
+        except TriptychError as error:
+            self._events.append(Failed(live.task.job, error))
+            return
+        seconds = time.perf_counter() - live.began
+        if not live.steps:
+            self._events.append(StepDone(live.task.job, 1, 1, seconds))
+        peak = peak_bytes(self._placement.device)
+        self._events.append(Output(live.task.job, payload, seconds, max(live.steps, 1), peak))
+
+    def _payload(self, live: Live, outputs: TaskOutputs) -> Payload:
+        return Payload(outputs.values, outputs.tags, job=live.task.job, stage=self.name).check()
+
+    def _failed(self, live: Live, message: str, original: str) -> StageFailed:
+        return StageFailed(message, stage=self.name, job=live.task.job, original=original)
+
+    def _explain(self, live: Live, error: Exception) -> TriptychError:
+        if isinstance(error, TriptychError):
+            return error
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return NotEnoughMemory(f"stage {self.name} ran out of memory ({error})")
+        kind = type(error).__name__
+        return self._failed(live, f"{self.name} failed with {kind}: {error}", kind)
+
+    def cancel(self, job: JobId) -> None:
+        """Drops a task before its next unit; its pipeline code sees Cancelled, so that it cleans up."""
+        live = self._live.pop(job, None)
+        if live is not None and live.greenlet is not None:
+            self._advance(live, lambda task: self._gather.fail(task, Cancelled("cancelled")))
+
+    def control(self, order: Order) -> ControlResult:
+        """Raises Unsupported for an order that means nothing to this stage."""
+        raise Unsupported(f"stage {self.name} cannot {type(order).__name__}")
+
+    def close(self) -> None:
+        """Drops all tasks and lets the weights go."""
+        for job in list(self._live):
+            self.cancel(job)
+        self._gather = Gather({})
+        self._loaded = False

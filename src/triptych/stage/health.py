@@ -1,0 +1,51 @@
+"""What a stage measures and checks of its device and its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import torch
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether every floating tensor in a (nested) result is free of NaN and infinity."""
+    return all(bool(torch.isfinite(t).all()) for t in _tensors(value) if t.is_floating_point())
+
+
+def first_bad_weight(module: torch.nn.Module) -> str | None:
+    """The name of the first parameter or buffer that holds NaN or infinity, None if all are sound."""
+    for named in (module.named_parameters(), module.named_buffers()):
+        for name, weight in named:
+            if weight.is_floating_point() and not weight.is_meta and not is_finite(weight):
+                return name
+    return None
+
+
+def _accelerated(device: torch.device) -> bool:
+    return device.type != "cpu" and hasattr(torch.accelerator, "max_memory_allocated")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts a new peak on a device that counts; a CPU process' resident memory has no such switch."""
+    if _accelerated(device) and hasattr(torch.accelerator, "reset_peak_memory_stats"):
+        torch.accelerator.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The peak of allocated device memory since `reset_peak`; on a CPU the process' resident bytes now."""
+    if _accelerated(device):
+        return int(torch.accelerator.max_memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)

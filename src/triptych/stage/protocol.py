@@ -1,0 +1,155 @@
+"""The contract between a stage and whoever drives it (one thread, nothing else touches the model)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from triptych.errors import TriptychError
+from triptych.model.topology import StageName
+from triptych.transfer import Payload
+
+JobId = str
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """A component has been loaded: its name, its bytes, the seconds it took, `done` of `total` components."""
+
+    component: str
+    bytes: int
+    seconds: float
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """A loaded stage: its weights' bytes, and how many tasks it takes at once."""
+
+    stage: StageName
+    bytes: int
+    capacity: int
+    components: tuple[str, ...]
+
+
+@dataclass
+class StageTask:
+    """One stage's share of a job. `fields` in the pipeline's own names; `payload` from the stage before (None for the
+    first). `seed` starts the generator unless the payload carries its state."""
+
+    job: JobId
+    fields: dict[str, Any]
+    seed: int
+    guidance_scale: float | None = None
+    shift: float | None = None
+    payload: Payload | None = None
+    preview: bool = False
+    raw: bool = False
+    """From decode: float tensors in 0…1 as the pipeline made them, instead of uint8 pictures."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The task is in."""
+
+
+@dataclass(frozen=True)
+class Full:
+    """The stage holds as many tasks as it can; try again after an output."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The stage can never run this task; `error` says why."""
+
+    error: TriptychError
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A unit of a task is done (a denoising step, or the whole of a stage that has no steps)."""
+
+    job: JobId
+    step: int
+    steps: int
+    seconds: float
+    preview: torch.Tensor | None = None
+    """uint8 (height, width, 3)"""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A task is done; `payload` is for the next stage (from decode: the pictures)."""
+
+    job: JobId
+    payload: Payload
+    seconds: float
+    steps: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A task has failed alone; the others of its stage go on."""
+
+    job: JobId
+    error: TriptychError
+
+
+StageEvent = StepDone | Output | Failed
+
+
+@dataclass(frozen=True)
+class Flush:
+    """Empty the caches that registered with this stage."""
+
+    caches: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class UsePreview:
+    """From now on make previews with this: boundary latents and the task's fields in, uint8 (height, width, 3) out."""
+
+    preview: Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ControlResult:
+    """What an order did: bytes freed, per cache."""
+
+    freed: dict[str, int] = field(default_factory=dict)
+
+
+Order = Flush | UsePreview
+
+
+class Stage(Protocol):
+    """One panel of a model on one device or group of devices."""
+
+    def load(self, report: Callable[[LoadProgress], None]) -> StageInfo:
+        """Loads only this stage's weights. Raises LoadError."""
+        ...
+
+    def admit(self, task: StageTask) -> Admitted | Full | Refused:
+        """Takes a task, never blocks."""
+        ...
+
+    def step(self) -> list[StageEvent]:
+        """Runs one unit of one group of tasks; empty when there is nothing to do."""
+        ...
+
+    def cancel(self, job: JobId) -> None:
+        """Drops a task before its next unit; unknown jobs are ignored."""
+        ...
+
+    def control(self, order: Order) -> ControlResult:
+        """Carries out an order between units."""
+        ...
+
+    def close(self) -> None:
+        """Drops all tasks and lets the weights go."""
+        ...

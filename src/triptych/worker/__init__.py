@@ -1,0 +1,6 @@
+"""What holds stages: in this process for the engine, or a process of its own."""
+
+from triptych.worker.process import StageProcess, StageSpec
+from triptych.worker.stages import build_stage
+
+__all__ = ["StageProcess", "StageSpec", "build_stage"]

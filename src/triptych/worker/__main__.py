@@ -1,0 +1,80 @@
+"""`python -m triptych.worker FD`: the child of a StageProcess."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+
+import torch
+
+from triptych.device import pick_device, pick_dtype
+from triptych.errors import StageFailed, TriptychError
+from triptych.model import Components, Placement, Trust, describe, open_model
+from triptych.stage import Failed, GatherStage, Output, Refused, StageTask, StepDone
+from triptych.worker import wire
+from triptych.worker.stages import build_stage
+
+
+def open_stage(order: wire.Open) -> GatherStage:
+    """Opens the model and loads the stage. Raises TriptychError."""
+    if order.threads:
+        torch.set_num_threads(order.threads)
+    trust = Trust(order.pickle_weights, order.remote_code)
+    device = pick_device(order.device)
+    source = open_model(order.model, revision=order.revision, offline=order.offline, trust=trust)
+    topology = describe(source, order.workflow, trust)
+    placement = Placement(device, pick_dtype(order.dtype, device))
+    stage = build_stage(topology, order.stage, Components(source, trust), placement, capacity=1)
+    stage.load(lambda _: None)
+    return stage
+
+
+def run_task(connection: socket.socket, stage: GatherStage, task: StageTask) -> None:
+    """Drives the stage until the task is done, and reports. Raises what the task failed with."""
+    admitted = stage.admit(task)
+    if isinstance(admitted, Refused):
+        raise admitted.error
+    while True:
+        for event in stage.step():
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, StepDone):
+                wire.send(connection, wire.Stepped(event.step, event.steps, event.seconds))
+            if isinstance(event, Output):
+                wire.send(connection, wire.Done(event.seconds, event.steps, event.peak_bytes), event.payload)
+                return
+
+
+@torch.no_grad()
+def serve(connection: socket.socket) -> None:
+    """Carries out orders until the parent is gone."""
+    stage: GatherStage | None = None
+    while True:
+        message, payload = wire.receive(connection)
+        try:
+            if isinstance(message, wire.Open):
+                if stage is not None:
+                    stage.close()
+                stage = open_stage(message)
+                weighty = (name for name, part in stage.program.components.items() if _has_weights(part))
+                wire.send(connection, wire.Opened(tuple(sorted(weighty))))
+            elif isinstance(message, wire.Run) and stage is not None and payload is not None:
+                fields, before = wire.unpack_task(payload)
+                task = StageTask(
+                    message.job, fields, message.seed, message.guidance_scale, message.shift, before, raw=message.raw
+                )
+                run_task(connection, stage, task)
+        except TriptychError as error:
+            wire.send(connection, wire.Broken(error.code, error.message, error.field))
+        except Exception as error:
+            wire.send(connection, wire.Broken(StageFailed.code, f"{type(error).__name__}: {error}"))
+
+
+def _has_weights(part: object) -> bool:
+    return isinstance(part, torch.nn.Module) and any(not p.is_meta for p in part.parameters())
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(EOFError, OSError):
+        serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,0 +1,115 @@
+"""A stage in a process of its own, driven over a socket pair: what `triptych check` proves a split with."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from triptych.errors import StageFailed, TriptychError
+from triptych.model import Trust
+from triptych.request import StageName
+from triptych.stage import Output, StageTask
+from triptych.transfer import Payload
+from triptych.worker import wire
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """Which stage of which model to hold, and where. The same fields as `Engine.open`."""
+
+    model: str
+    stage: StageName
+    workflow: str | None = None
+    device: str = "auto"
+    dtype: str | None = None
+    revision: str | None = None
+    offline: bool = False
+    trust: Trust = Trust()
+    threads: int | None = None
+
+
+class StageProcess:
+    """A long-lived child process that opens one stage at a time and runs tasks on it. Use as a context manager."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "triptych.worker", str(theirs.fileno())]
+        self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        theirs.close()
+        self._socket = ours
+        self._stage = ""
+
+    def open(self, spec: StageSpec) -> tuple[str, ...]:
+        """Lets the former stage go and loads this one. Returns the names of the components whose weights it loaded.
+
+        Raises what opening or loading raised there, as a TriptychError.
+        """
+        self._stage = spec.stage
+        message = wire.Open(
+            spec.model,
+            spec.stage,
+            spec.workflow,
+            spec.device,
+            spec.dtype,
+            spec.revision,
+            spec.offline,
+            spec.trust.pickle_weights,
+            spec.trust.remote_code,
+            spec.threads,
+        )
+        wire.send(self._socket, message)
+        answer, _ = self._receive("")
+        assert isinstance(answer, wire.Opened)
+        return answer.components
+
+    def run(self, task: StageTask, on_step: Callable[[int, int], None] | None = None) -> Output:
+        """Runs one task to its end. Raises what it failed with; StageFailed if the process died."""
+        message = wire.Run(task.job, task.seed, task.guidance_scale, task.shift, task.raw)
+        wire.send(self._socket, message, wire.pack_task(task.fields, task.payload))
+        while True:
+            answer, payload = self._receive(task.job)
+            if isinstance(answer, wire.Stepped) and on_step is not None:
+                on_step(answer.step, answer.steps)
+            if isinstance(answer, wire.Done):
+                return Output(task.job, payload or Payload({}), answer.seconds, answer.steps, answer.peak_bytes)
+
+    def _receive(self, job: str) -> tuple[wire.Message, Payload | None]:
+        try:
+            answer, payload = wire.receive(self._socket)
+        except (EOFError, OSError):
+            code = self._child.wait()
+            raise StageFailed(f"the process of stage {self._stage} died ({code})", stage=self._stage, job=job) from None
+        if isinstance(answer, wire.Broken):
+            raise _error(answer, self._stage, job)
+        return answer, payload
+
+    def close(self) -> None:
+        """Ends the child. Closing twice is fine."""
+        self._socket.close()
+        try:
+            self._child.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+    def __enter__(self) -> StageProcess:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _error(answer: wire.Broken, stage: str, job: str) -> TriptychError:
+    """The child's error, as the class that has its code."""
+    for kind in _kinds(TriptychError):
+        if kind.code == answer.code and kind is not StageFailed:
+            return kind(answer.message, field=answer.field)
+    return StageFailed(answer.message, stage=stage, job=job, field=answer.field)
+
+
+def _kinds(base: type[TriptychError]) -> list[type[TriptychError]]:
+    return [base, *(kind for sub in base.__subclasses__() for kind in _kinds(sub))]

@@ -1,0 +1,33 @@
+"""What holds for every test: one torch thread per parallel worker, no other machine, no user's cache."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1", "0.0.0.0", "::", ""}
+
+
+def _refuse_network(event: str, args: tuple[object, ...]) -> None:
+    """Audit hook: a test that reaches for another machine fails with its address instead of hanging on it."""
+    host: object = None
+    if event == "socket.getaddrinfo":
+        host = args[0]
+    elif event == "socket.connect" and isinstance(args[1], tuple):
+        host = args[1][0]
+    text = host.decode() if isinstance(host, bytes) else host
+    if isinstance(text, str) and text not in LOCAL_HOSTS:
+        raise ConnectionRefusedError(f"tests use no network, but something wanted {text}")
+
+
+def pytest_configure() -> None:
+    """Sets the process up before anything imports torch or huggingface_hub, which read these then."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    cache = Path(tempfile.gettempdir()) / f"triptych-tests-{os.getuid()}" / "hub"
+    os.environ["HF_HOME"] = str(cache)
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    sys.addaudithook(_refuse_network)

@@ -1,0 +1,157 @@
+"""Tasks that share one thread: each comes out as if it had run alone, whatever the others do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.stage.toy import SOURCE, Network, ToyProgram
+from triptych.errors import StageFailed, WrongPayload
+from triptych.model import Components, Placement, TaskInputs
+from triptych.stage import Admitted, Failed, Full, GatherStage, Output, Refused, StageEvent, StageTask, StepDone
+from triptych.stage.gather import Gather, ModeChanged, Parked
+from triptych.transfer import Payload
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def make(capacity: int = 8, network: Network | None = None) -> GatherStage:
+    program = ToyProgram(network or Network())
+    stage = GatherStage(program, Components(SOURCE), Placement(torch.device("cpu")), capacity)
+    stage.load(lambda _: None)
+    return stage
+
+
+def drive(stage: GatherStage) -> list[StageEvent]:
+    events: list[StageEvent] = []
+    for _ in range(200):
+        events += stage.step()
+    return events
+
+
+def alone(stage: GatherStage, steps: int, seed: int) -> torch.Tensor:
+    task = TaskInputs({"num_inference_steps": steps}, None, torch.Generator().manual_seed(seed))
+    return stage.program.run(task, {}).values["latents"]
+
+
+def test_unequal_tasks_interleave_and_come_out_as_if_alone() -> None:
+    stage = make()
+    lengths = {"a": 2, "b": 7, "c": 4, "d": 1}
+    for seed, (job, steps) in enumerate(lengths.items()):
+        assert stage.admit(StageTask(job, {"num_inference_steps": steps}, seed)) == Admitted()
+    events = drive(stage)
+    outputs = {event.job: event for event in events if isinstance(event, Output)}
+    for seed, (job, steps) in enumerate(lengths.items()):
+        assert torch.equal(outputs[job].payload.values["latents"], alone(stage, steps, seed))
+    order = [event.job for event in events if isinstance(event, StepDone)]
+    assert order[:4] == ["a", "b", "c", "d"], "every task gets its turn before any gets a second"
+    assert not torch.is_grad_enabled()
+
+
+def test_modes_are_checked_at_every_switch() -> None:
+    gather = Gather({"net": torch.nn.Linear(2, 2)})
+
+    def leaks() -> None:
+        torch.set_grad_enabled(True)
+        gather.stand_ins["net"](torch.ones(1, 2))
+
+    with pytest.raises(ModeChanged):
+        gather.resume(gather.start(leaks))
+    torch.set_grad_enabled(False)
+
+
+def test_grad_mode_holds_while_tasks_enter_and_leave_no_grad() -> None:
+    gather = Gather({"net": torch.nn.Linear(2, 2)})
+    seen: list[bool] = []
+
+    @torch.no_grad()
+    def body(calls: int) -> None:
+        for _ in range(calls):
+            gather.stand_ins["net"](torch.ones(1, 2))
+            seen.append(torch.is_grad_enabled())
+
+    tasks = [gather.start(lambda n=n: body(n)) for n in (3, 1, 2)]
+    parked = [(task, gather.resume(task)) for task in tasks]
+    while parked:
+        task, reached = parked.pop(0)
+        assert isinstance(reached, Parked)
+        reached = gather.resume(task, gather.run([reached.call])[0])
+        assert not torch.is_grad_enabled()
+        if isinstance(reached, Parked):
+            parked.append((task, reached))
+    assert seen == [False] * 6
+
+
+def test_stand_ins_keep_class_signature_and_weights() -> None:
+    import inspect
+
+    network = Network()
+    double = Gather({"transformer": network}).stand_ins["transformer"]
+    assert type(double) is Network and double.linear is network.linear
+    assert list(inspect.signature(double.forward).parameters) == ["hidden_states", "timestep"]
+    assert torch.equal(double(torch.ones(1, 4)), network(torch.ones(1, 4))), "outside a task it runs at once"
+
+
+def test_cancel_takes_effect_before_the_next_step() -> None:
+    stage = make()
+    for job in ("keep", "drop"):
+        stage.admit(StageTask(job, {"num_inference_steps": 5}, 0))
+    for _ in range(4):
+        stage.step()
+    calls = stage.program.components["transformer"].calls
+    stage.cancel("drop")
+    events = drive(stage)
+    assert {event.job for event in events} == {"keep"}
+    assert stage.program.components["transformer"].calls == calls + 3
+    stage.cancel("never heard of")
+
+
+def test_one_failure_touches_no_other_task() -> None:
+    stage = make()
+    stage.admit(StageTask("bad", {"num_inference_steps": 3, "explode": True}, 0))
+    stage.admit(StageTask("good", {"num_inference_steps": 3}, 1))
+    events = drive(stage)
+    failed = [event for event in events if isinstance(event, Failed)]
+    assert [event.job for event in failed] == ["bad"]
+    error = failed[0].error
+    assert isinstance(error, StageFailed) and error.original == "ValueError" and error.stage == "denoise"
+    assert [event.job for event in events if isinstance(event, Output)] == ["good"]
+
+
+def test_capacity_is_kept_and_freed() -> None:
+    stage = make(capacity=1)
+    assert stage.admit(StageTask("a", {"num_inference_steps": 1}, 0)) == Admitted()
+    assert stage.admit(StageTask("b", {"num_inference_steps": 1}, 0)) == Full()
+    drive(stage)
+    assert stage.admit(StageTask("b", {"num_inference_steps": 1}, 0)) == Admitted()
+
+
+def test_what_is_not_data_is_refused() -> None:
+    refused = make().admit(StageTask("a", {"num_inference_steps": 1}, 0, payload=Payload({"x": object()})))
+    assert isinstance(refused, Refused) and isinstance(refused.error, WrongPayload)
+
+
+def test_nan_weights_are_named_at_the_first_step() -> None:
+    network = Network()
+    network.linear.weight[1, 1] = float("nan")
+    stage = make(network=network)
+    stage.admit(StageTask("a", {"num_inference_steps": 50}, 0))
+    events = drive(stage)
+    assert len(events) == 1 and isinstance(events[0], Failed)
+    assert "linear.weight of transformer" in str(events[0].error)
+    assert network.calls == 1
+
+
+def test_close_drops_what_runs() -> None:
+    stage = make()
+    stage.admit(StageTask("a", {"num_inference_steps": 5}, 0))
+    stage.step()
+    stage.close()
+    assert stage.step() == []
+    assert isinstance(stage.admit(StageTask("b", {"num_inference_steps": 1}, 0)), Refused)
