@@ -38,18 +38,29 @@ def open_modular(folder: str) -> Run:
 
     pipe: Any = ModularPipeline.from_pretrained(folder)
     pipe.load_components(torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    guided = "guider" in pipe.component_names
+    _silence(pipe._blocks)  # `blocks` is a copy
+    guider: Any = None
 
     def run(fields: dict[str, Any]) -> Any:
+        nonlocal guider
         given, generator = _split_seed(fields)
-        if guided:
-            pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=given.pop("guidance_scale")))
+        if "guider" in pipe.component_names:
+            scale = given.pop("guidance_scale")
+            if guider is None or guider.guidance_scale != scale:
+                guider = ClassifierFreeGuidance(guidance_scale=scale)
+                pipe.update_components(guider=guider)
         state = pipe(**given, generator=generator)
-        made = state.values.get("images", state.values.get("videos"))
-        return _pictures(made)
+        return _pictures(state.values.get("images", state.values.get("videos")))
 
     return run
+
+
+def _silence(block: Any) -> None:
+    """No progress bar in a block or in any block inside it: the pipeline's own switch does not reach them."""
+    if hasattr(block, "set_progress_bar_config"):
+        block.set_progress_bar_config(disable=True)
+    for inner in getattr(block, "sub_blocks", {}).values():
+        _silence(inner)
 
 
 def open_standard(folder: str) -> Run:

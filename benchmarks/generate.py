@@ -1,22 +1,22 @@
 """What Triptych costs over diffusers on the same folder: per step, in memory, from import to first picture.
 
-Per step: whole requests (prompt to pictures, nothing left out) in one process, the three ways taking turns,
-divided by their steps; the figure is the median of the rounds' ratios. Memory and first picture: processes of
-their own, taking turns; ratios of medians.
+Per step: requests of few and of many steps in one process, the three ways taking turns; what the difference
+says of one step, and what remains of a request beyond its steps. A figure is the median of the rounds' ratios.
+Memory and first picture: processes of their own, taking turns; ratios of medians.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a file: the repository's root is not on the path then
@@ -39,77 +39,103 @@ class Case:
     fields: dict[str, Any]
 
 
-def cases(steps: int) -> list[Case]:
+def cases() -> list[Case]:
     """The embedded model, and tiny random models of an image and a video family."""
-    from tests.families import folder
+    from tests.families import FAMILIES, folder
     from triptych.model import open_model
 
-    common = {"num_inference_steps": steps, "seed": 5}
-    emoji = {
-        "prompt": "a red apple on the left, blue background",
-        "negative_prompt": "",
-        "guidance_scale": 3.0,
-    }
-    flux = {"prompt": "a photo of a cat", "guidance_scale": 3.5, "max_sequence_length": 32}
-    wan = {
-        "prompt": "a cat",
-        "negative_prompt": "bad quality",
-        "guidance_scale": 5.0,
-        "num_frames": 9,
-        "max_sequence_length": 32,
-    }
-    return [
-        Case("emoji", open_model("emoji").folder, {**emoji, **common, "width": 64, "height": 64}),
-        Case("flux (tiny)", str(folder("flux")), {**flux, **common, "width": 64, "height": 64}),
-        Case("wan (tiny)", str(folder("wan")), {**wan, **common, "width": 32, "height": 32}),
-    ]
+    common = {"num_inference_steps": 8, "seed": 5}
+    emoji = {"prompt": "a red apple on the left, blue background", "negative_prompt": "", "guidance_scale": 3.0}
+    found = [Case("emoji", open_model("emoji").folder, {**emoji, **common, "width": 64, "height": 64})]
+    for name in ("flux", "wan-t2v"):
+        family = FAMILIES[name]
+        fields = {**family.fields, "guidance_scale": family.guidance_scale, **common}
+        found.append(Case(f"{name} (tiny)", str(folder(name)), fields))
+    return found
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What one run took, in seconds."""
+    """What one turn of one contender took, in seconds: a request of few steps and one of many."""
 
-    wall: float
-    cpu: float
+    few: float
+    many: float
+
+    def per_step(self, few: int, many: int) -> float:
+        """Seconds of one more step."""
+        return (self.many - self.few) / (many - few)
+
+    def beyond(self, few: int, many: int) -> float:
+        """Seconds of a request that are not its steps."""
+        return self.few - few * self.per_step(few, many)
 
 
-def spend(run: Run, fields: dict[str, Any]) -> Spent:
-    wall, cpu = time.perf_counter(), time.process_time()
-    run(fields)
-    return Spent(time.perf_counter() - wall, time.process_time() - cpu)
+Clock = Literal["cpu", "wall"]
+CLOCKS: dict[Clock, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
-def per_step(case: Case, rounds: int) -> list[Row]:
-    """Rows of one case: pictures compared, then Triptych and the standard pipeline over the modular one."""
+def take_turn(run: Run, few: dict[str, Any], many: dict[str, Any]) -> dict[Clock, Spent]:
+    """Runs both requests and says what they took on each clock."""
+    stamps = [{name: clock() for name, clock in CLOCKS.items()}]
+    for fields in (few, many):
+        run(fields)
+        stamps.append({name: clock() for name, clock in CLOCKS.items()})
+    began, between, ended = stamps
+    return {name: Spent(between[name] - began[name], ended[name] - between[name]) for name in CLOCKS}
+
+
+@dataclass(frozen=True)
+class Turns:
+    """All turns of all contenders on one case, on one clock."""
+
+    few: int
+    many: int
+    spent: dict[str, list[Spent]]
+
+    def ratio(self, name: str) -> float:
+        """A contender's seconds per step over the modular pipeline's: the median of the rounds' ratios."""
+        steps = {who: [one.per_step(self.few, self.many) for one in self.spent[who]] for who in (name, "modular")}
+        pairs = zip(steps[name], steps["modular"], strict=True)
+        return statistics.median(mine / modular for mine, modular in pairs)
+
+    def per_step(self) -> str:
+        """Milliseconds per step of each contender."""
+        return self._milliseconds(lambda one: one.per_step(self.few, self.many))
+
+    def beyond(self) -> str:
+        """Milliseconds of each contender's requests that are not steps."""
+        return self._milliseconds(lambda one: one.beyond(self.few, self.many))
+
+    def _milliseconds(self, what: Callable[[Spent], float]) -> str:
+        middle = {name: statistics.median(map(what, spent)) for name, spent in self.spent.items()}
+        return ", ".join(f"{name} {1000 * seconds:.2f}" for name, seconds in middle.items())
+
+
+def measure(case: Case, rounds: int, few: int, many: int) -> tuple[bool, dict[Clock, Turns]]:
+    """Whether Triptych's picture is the modular pipeline's, and everybody's turns, after one to warm up."""
     runs = {name: opened(case.folder) for name, opened in CONTENDERS.items()}
-    pictures = {name: run(case.fields) for name, run in runs.items()}
+    fewer, more = ({**case.fields, "num_inference_steps": steps} for steps in (few, many))
+    pictures = {name: run(fewer) for name, run in runs.items()}
+    spent: dict[Clock, dict[str, list[Spent]]] = {clock: {name: [] for name in runs} for clock in CLOCKS}
+    for number in range(rounds):
+        for name in list(runs) if number % 2 else reversed(runs):
+            for clock, one in take_turn(runs[name], fewer, more).items():
+                spent[clock][name].append(one)
     equal = bool((pictures["triptych"] == pictures["modular"]).all())
-    spent: dict[str, list[Spent]] = {name: [] for name in runs}
-    for turn in range(rounds):
-        order = list(runs) if turn % 2 else list(reversed(runs))
-        for name in order:
-            spent[name].append(spend(runs[name], case.fields))
+    return equal, {clock: Turns(few, many, by_name) for clock, by_name in spent.items()}
 
-    def ratio(name: str, clock: str) -> float:
-        pairs = zip(spent[name], spent["modular"], strict=True)
-        return statistics.median(getattr(one, clock) / getattr(other, clock) for one, other in pairs)
 
-    def milliseconds(name: str) -> str:
-        middle = statistics.median(one.wall for one in spent[name])
-        return f"{1000 * middle / case.fields['num_inference_steps']:.2f}"
-
-    per = ", ".join(f"{name} {milliseconds(name)}" for name in runs)
+def per_step(case: Case, rounds: int, few: int, many: int) -> list[Row]:
+    """Rows of one case. CPU time carries the target, since on the wall other programs count too."""
+    equal, turns = measure(case, rounds, few, many)
+    cpu, wall = turns["cpu"], turns["wall"]
     return [
-        Row(
-            f"{case.name}: picture equals the modular pipeline's",
-            "yes" if equal else "no",
-            "bit for bit",
-            equal,
-        ),
-        Row.at_most(f"{case.name}: per step, Triptych / modular", ratio("triptych", "wall"), STEP_LIMIT),
-        Row(f"{case.name}: the same in CPU time", f"{ratio('triptych', 'cpu'):.3f}"),
-        Row(f"{case.name}: per step, standard / modular", f"{ratio('standard', 'wall'):.3f}"),
-        Row(f"{case.name}: ms per step (median)", per),
+        Row(f"{case.name}: picture equals modular's", "yes" if equal else "no", "bit for bit", equal),
+        Row.at_most(f"{case.name}: CPU time per step, Triptych / modular", cpu.ratio("triptych"), STEP_LIMIT),
+        Row(f"{case.name}: the same on the wall", f"{wall.ratio('triptych'):.3f}"),
+        Row(f"{case.name}: CPU time per step, standard / modular", f"{cpu.ratio('standard'):.3f}"),
+        Row(f"{case.name}: CPU ms per step", cpu.per_step()),
+        Row(f"{case.name}: CPU ms of a request beyond its steps", cpu.beyond()),
     ]
 
 
@@ -147,32 +173,25 @@ def fresh(contender: str, case: Case, threads: int) -> tuple[float, int]:
     code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'src')!r}]; "
     code += "from benchmarks.first_picture import main; main(*sys.argv[1:])"
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     return time.perf_counter() - began, int(done.stdout.split()[-1])
 
 
 def main() -> int:
     """Runs all of it; 1 if a target was missed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="turns per contender (default 9)")
     parser.add_argument("--processes", type=int, default=5, help="fresh processes per contender (default 5)")
-    parser.add_argument("--steps", type=int, default=40, help="denoising steps of a request (default 40)")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="torch threads, for all alike"
-    )
+    parser.add_argument("--steps", type=int, nargs=2, default=(8, 48), help="few and many (default 8 48)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads, for all alike")
     parser.add_argument("--only", help="cases whose name begins with this")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/generate.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows: list[Row] = []
-    for case in cases(options.steps):
+    for case in cases():
         if case.name.startswith(options.only or ""):
-            with contextlib.redirect_stdout(sys.stderr):
-                rows += per_step(case, options.rounds)
+            rows += per_step(case, options.rounds, *options.steps)
             if case.name == "emoji" and options.processes:
                 rows += first_picture(case, options.processes, options.threads)
     return report("generate", rows, options.save)

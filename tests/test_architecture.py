@@ -61,7 +61,7 @@ TORCH_FREE = (
 
 THROUGH_THE_WINDOW = {
     "triptych.model.topology": "plain data, imported where torch may not be",
-    "triptych.decode.media": "the command line checks its output file before it pays for torch",
+    "triptych.model.resolve": "named as its function is, so that the room cannot export that too",
 }
 """Modules that other rooms may import by their own name instead of through their room's `__init__`."""
 
@@ -71,6 +71,7 @@ ENVIRONMENT: dict[str, str] = {}
 NAMES_CUDA: dict[str, str] = {
     "device.py": "the kinds of devices that `--device` takes",
     "cli/generate.py": "the same, in the option's help",
+    "cli/check.py": "the same",
 }
 """Files of src that may say `cuda`, with the reason."""
 
@@ -108,6 +109,16 @@ def is_module(name: str) -> bool:
     return path.with_suffix(".py").exists() or path.is_dir()
 
 
+@cache
+def exported(module: str) -> frozenset[str]:
+    """What a room's `__init__` lists in `__all__`; nothing for a plain module."""
+    path = PACKAGE.parent.joinpath(*module.split("."), "__init__.py")
+    for node in tree(path).body if path.exists() else ():
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return frozenset(ast.literal_eval(node.value))
+    return frozenset()
+
+
 def imports(path: Path) -> Iterator[str]:
     """The package's own modules that a file imports, wherever in the file it does."""
     for node in ast.walk(tree(path)):
@@ -115,9 +126,15 @@ def imports(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "triptych")
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            if (node.module or "").split(".")[0] == "triptych":
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-                yield from (name if is_module(name) else str(node.module) for name in names)
+            module = node.module or ""
+            if module.split(".")[0] == "triptych":
+                yield from (imported(module, alias.name) for alias in node.names)
+
+
+def imported(module: str, name: str) -> str:
+    """The module that `from module import name` reaches into: a room for what it exports, else its submodule."""
+    inner = f"{module}.{name}"
+    return inner if name not in exported(module) and is_module(inner) else module
 
 
 @cache
@@ -145,11 +162,7 @@ def test_arrows_go_one_way() -> None:
     wrong = [
         f"{module} -> {target}"
         for module, target in edges()
-        if (
-            room_of(module) != "cli"
-            if target == "triptych"
-            else room_of(target) not in below(room_of(module))
-        )
+        if (room_of(module) != "cli" if target == "triptych" else room_of(target) not in below(room_of(module)))
     ]
     assert not wrong, wrong
 
@@ -266,12 +279,7 @@ def test_cuda_is_said_only_where_it_is_meant() -> None:
 
 
 def test_no_global_state() -> None:
-    wrong = [
-        where(path, node)
-        for path in sources()
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.Global)
-    ]
+    wrong = [where(path, node) for path in sources() for node in ast.walk(tree(path)) if isinstance(node, ast.Global)]
     assert not wrong, wrong
 
 
@@ -309,9 +317,7 @@ def test_nothing_names_a_path_outside_the_repository() -> None:
     outside = re.compile(rf"(?<![\w.:/~*)>])/(?:{folders})/|\.\./" + "shared|file:" + "//")
     texts = [ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "constraints.txt", *ROOT.glob("*.md")]
     for folder in ("src", "tests", "docs", "benchmarks", "training", "scripts", ".ci"):
-        texts += [
-            path for path in (ROOT / folder).rglob("*") if path.suffix in {"", ".py", ".md", ".json", ".yaml"}
-        ]
+        texts += [path for path in (ROOT / folder).rglob("*") if path.suffix in {"", ".py", ".md", ".json", ".yaml"}]
     wrong = []
     for path in texts:
         if path.is_file() and path != Path(__file__) and ROOT / "training" / "work" not in path.parents:

@@ -141,19 +141,26 @@ class CaptionStream(IterableDataset[list[CaptionBatch]]):
     and loader processes that take turns give the same order as none."""
 
     def __init__(
-        self, scenes: list[Scene], tokens: CaptionTokens, batch: int, seed: int, first_group: int = 0
+        self,
+        scenes: list[Scene],
+        tokens: CaptionTokens,
+        batch: int,
+        seed: int,
+        first_group: int = 0,
+        stride: int = 1,
     ) -> None:
-        self.scenes, self.tokens, self.batch, self.seed, self.first_group = scenes, tokens, batch, seed, first_group
+        self.scenes, self.tokens, self.batch, self.seed = scenes, tokens, batch, seed
+        self.first_group, self.stride = first_group, stride
         self.rows_of = [[row for row, scene in enumerate(scenes) if scene.kind == kind] for kind in KINDS]
         self.suffix_length = len(tokens.suffix)
 
     def __iter__(self) -> Iterator[list[CaptionBatch]]:
         worker = torch.utils.data.get_worker_info()
-        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        group = self.first_group + offset
+        turn, loaders = (worker.id, worker.num_workers) if worker else (0, 1)
+        group = self.first_group + turn * self.stride
         while True:
             yield self.group(group)
-            group += stride
+            group += loaders * self.stride
 
     def group(self, index: int) -> list[CaptionBatch]:
         rng = random.Random(f"{self.seed}/{index}")

@@ -23,7 +23,10 @@ def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised; an update has the same size in every direction of a matrix."""
+    """Momentum, orthogonalised; an update has the same size in every direction of a matrix.
+
+    `half` orthogonalises in bfloat16, which is exact enough and twice as fast where it is native.
+    """
 
     def __init__(
         self,
@@ -32,11 +35,13 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         steps: int = 5,
+        half: bool = False,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps,
         }
         super().__init__(parameters, defaults)
+        self.half = half
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -57,7 +62,8 @@ class Muon(torch.optim.Optimizer):
         nesterov = gradients.lerp_(momentum, group["momentum"])
         rows, columns = nesterov.shape[-2:]
         scale = group["lr"] * max(1.0, rows / columns) ** 0.5
-        updates = orthogonalise(nesterov, group["steps"])
+        factor = nesterov.bfloat16() if self.half else nesterov
+        updates = orthogonalise(factor, group["steps"]).to(nesterov.dtype)
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, list(updates.unbind()), alpha=-scale)

@@ -8,11 +8,13 @@ import argparse
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import multiprocessing
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -27,6 +29,7 @@ from training.captioned_latents import (
     cached_table,
 )
 from training.flow import build_transformer, predict
+from training.half import has_fast_bfloat16, use_half_products
 from training.muon import Muon
 from training.runs import (
     Budget,
@@ -58,7 +61,7 @@ class Recipe(NamedTuple):
 
     width: int = 128
     layers: int = 6
-    batch: int = 32
+    batch: int = 48
     seed: int = 0
     pairs: int = 40000
     text_steps: int = 1500
@@ -148,43 +151,68 @@ def optimizers_for(model: Emoji, recipe: Recipe) -> list[torch.optim.Optimizer]:
     if recipe.muon_rate <= 0:
         adam.add_param_group({"params": muon, "weight_decay": 0.01, "peak": recipe.adam_rate})
         return [adam]
-    matrices = Muon(muon, lr=recipe.muon_rate, weight_decay=0.01)
+    matrices = Muon(muon, lr=recipe.muon_rate, weight_decay=0.01, half=has_fast_bfloat16())
     matrices.param_groups[0]["peak"] = recipe.muon_rate
     return [adam, matrices]
+
+
+class Worker:
+    """One process's share of the training: its own batches and optimizers on (perhaps shared) parameters."""
+
+    def __init__(
+        self, model: Emoji, table: LatentTable, recipe: Recipe, tokens: CaptionTokens, place: tuple[int, int]
+    ) -> None:
+        self.model, self.table, self.recipe, self.tokens = model, table, recipe, tokens
+        self.index, self.count = place
+        self.optimizers, self.step = optimizers_for(model, recipe), 0
+        if table.latents.device.type == "cpu" and has_fast_bfloat16():
+            use_half_products(model.transformer.transformer_blocks)
+
+    def batches(self, loaders: int = 0) -> Iterator[CaptionBatch]:
+        """From the current step on; the same whatever the number of loader processes."""
+        turn, skip = divmod(self.step, GROUP_BATCHES)
+        stream = CaptionStream(
+            self.table.scenes, self.tokens, self.recipe.batch, self.recipe.seed,
+            first_group=turn * self.count + self.index, stride=self.count,
+        )
+        device = self.table.latents.device
+        for group in DataLoader(stream, batch_size=None, num_workers=loaders) if loaders else stream:
+            for batch in group[skip:]:
+                yield batch.to(device)
+            skip = 0
+
+    def train_step(self, batch: CaptionBatch, fraction: float) -> Losses:
+        """One update; `fraction` is how much of the run has passed, which sets the learning rate."""
+        factor = warm_then_decay(self.step, fraction, WARM_UP_STEPS, DECAY_FROM, LOWEST_RATE)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            optimizer.zero_grad(set_to_none=True)
+        seed = self.recipe.seed * 10**9 + self.step * self.count + self.index
+        losses = batch_losses(self.model, self.table, batch, seed)
+        (losses.flow + ATTRIBUTE_WEIGHT * losses.attributes).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        return Losses(losses.flow.detach(), losses.attributes.detach())
 
 
 class Trainer:
     """The run's state: models, average, optimizers, data and clock."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        budget: Budget,
-        work: Path,
-        device: str,
-        autoencoder: AutoencoderKLQwenImage,
-        loaders: int = 0,
+        self, recipe: Recipe, budget: Budget, work: Path, device: str, autoencoder: AutoencoderKLQwenImage,
+        workers: int = 1,
     ) -> None:
-        self.recipe, self.budget, self.device, self.loaders = recipe, budget, device, loaders
-        self.path, self.step = work / "transformer.pt", 0
+        self.recipe, self.budget, self.device = recipe, budget, device
+        self.path = work / "transformer.pt"
         self.tokens = CaptionTokens(build_tokenizer())
         renderer = Renderer(device)
         self.table = cached_table(work / "latents.pt", autoencoder, renderer, recipe.seed, recipe.pairs).to(device)
         self.model = Emoji(recipe, self.tokens).to(device)
-        self.optimizers = optimizers_for(self.model, recipe)
+        self.worker = Worker(self.model, self.table, recipe, self.tokens, (0, workers))
         self.average = MovingAverage(self.model.shipped_parameters(), EMA_DECAY)
-
-    def batches(self) -> Iterator[CaptionBatch]:
-        """From the current step on; the same whatever the number of loader processes."""
-        first_group, skip = divmod(self.step, GROUP_BATCHES)
-        stream = CaptionStream(
-            self.table.scenes, self.tokens, self.recipe.batch, self.recipe.seed, first_group
-        )
-        loader = DataLoader(stream, batch_size=None, num_workers=self.loaders) if self.loaders else stream
-        for group in loader:
-            for batch in group[skip:]:
-                yield batch.to(self.device)
-            skip = 0
 
     def pretrain_text(self) -> None:
         """Teach the text encoder the attributes alone: cheap, and the transformer starts on a good text."""
@@ -212,20 +240,10 @@ class Trainer:
         self.budget.pause()
 
     def train_step(self, batch: CaptionBatch) -> Losses:
-        factor = warm_then_decay(self.step, self.budget.fraction, WARM_UP_STEPS, DECAY_FROM, LOWEST_RATE)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-            optimizer.zero_grad(set_to_none=True)
-        losses = batch_losses(self.model, self.table, batch, seed=self.recipe.seed * 10**9 + self.step)
-        (losses.flow + ATTRIBUTE_WEIGHT * losses.attributes).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.average.update(self.step)
-        self.step += 1
+        losses = self.worker.train_step(batch, self.budget.fraction)
+        self.average.update(self.worker.step)
         self.budget.tick(len(batch.rows))
-        return Losses(losses.flow.detach(), losses.attributes.detach())
+        return losses
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -243,16 +261,16 @@ class Trainer:
             "recipe": self.recipe._asdict(),
             "model": self.model.state_dict(),
             "average": self.average.average,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [optimizer.state_dict() for optimizer in self.worker.optimizers],
         }
-        save_checkpoint(self.path, self.budget, self.step, random.Random(0), parts)
+        save_checkpoint(self.path, self.budget, self.worker.step, random.Random(0), parts)
         self.budget.pause()
 
     def resume(self) -> None:
         state = load_checkpoint(self.path, self.budget, random.Random(0))
-        self.step = state["step"]
+        self.worker.step = state["step"]
         self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+        for optimizer, saved in zip(self.worker.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for average, saved in zip(self.average.average, state["average"], strict=True):
             average.copy_(saved)
@@ -270,7 +288,7 @@ def prepare(arguments: argparse.Namespace) -> Trainer:
     own = arguments.work / "autoencoder"
     autoencoder = load_autoencoder(own if own.exists() else arguments.init / "vae", arguments.device)
     trainer = Trainer(
-        recipe, budget_of(arguments), arguments.work, arguments.device, autoencoder, arguments.loaders
+        recipe, budget_of(arguments), arguments.work, arguments.device, autoencoder, arguments.workers
     )
     if trainer.path.exists() and not arguments.fresh:
         trainer.resume()
@@ -282,46 +300,100 @@ def prepare(arguments: argparse.Namespace) -> Trainer:
     return trainer
 
 
-def run(trainer: Trainer) -> None:
+@dataclass
+class SharedClock:
+    """What the first process tells its helpers (how much of the run has passed) and they tell it (samples)."""
+
+    fraction: Tensor
+    helped: Tensor
+
+    @classmethod
+    def for_helpers(cls, helpers: int) -> "SharedClock":
+        return cls(torch.zeros(1).share_memory_(), torch.zeros(helpers, dtype=torch.long).share_memory_())
+
+
+def help_training(
+    model: Emoji, table: LatentTable, recipe: Recipe, place: tuple[int, int], step: int, clock: SharedClock
+) -> None:
+    """A helper's process: updates the shared parameters in place, without locks, until the run is over."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    worker = Worker(model, table, recipe, CaptionTokens(build_tokenizer()), place)
+    worker.step = step
+    batches = worker.batches()
+    while (fraction := float(clock.fraction)) < 1.0:
+        batch = next(batches)
+        worker.train_step(batch, fraction)
+        clock.helped[place[0] - 1] += len(batch.rows)
+
+
+def start_helpers(trainer: Trainer, workers: int) -> SharedClock:
+    """One single-threaded process per further core: on a shared machine two threads wait for the slower one
+    at every operation, two processes never wait. Gradients are at most a step old, which training tolerates."""
+    clock = SharedClock.for_helpers(workers - 1)
+    trainer.model.share_memory()
+    table = trainer.table
+    for tensor in (table.latents, table.weights, table.attributes):
+        tensor.share_memory_()
+    for index in range(1, workers):
+        shared = (trainer.model, table, trainer.recipe, (index, workers), trainer.worker.step, clock)
+        multiprocessing.get_context("spawn").Process(target=help_training, args=shared, daemon=True).start()
+    return clock
+
+
+def run(trainer: Trainer, clock: SharedClock, loaders: int = 0) -> None:
+    """Train until the budget is spent, reporting and saving on the way."""
     budget, flow, attributes = trainer.budget, 0.0, 0.0
     saved = reported = budget.elapsed
-    batches = trainer.batches()
+    counted, begun = 0, (budget.seen, budget.elapsed)
+    batches = trainer.worker.batches(loaders)
     budget.pause()
     while not budget.done:
         losses = trainer.train_step(next(batches))
-        keep = min(0.99, trainer.step / (trainer.step + 10))
-        flow = keep * flow + (1 - keep) * float(losses.flow)
-        attributes = keep * attributes + (1 - keep) * float(losses.attributes)
+        helped = int(clock.helped.sum())
+        budget.seen, counted = budget.seen + helped - counted, helped
+        clock.fraction.fill_(min(budget.fraction, 0.9999))
+        flow, attributes = 0.99 * flow + 0.01 * float(losses.flow), 0.99 * attributes + 0.01 * float(losses.attributes)
         if budget.elapsed - reported > REPORT_SECONDS:
             reported = budget.elapsed
-            figures = {
-                "seconds": round(budget.elapsed),
-                "samples": budget.seen,
-                "per_second": round(budget.seen / budget.elapsed),
-                "loss": round(flow, 4),
-                "attributes": round(attributes, 3),
-                "validation": round(trainer.validation_loss(), 4),
-            }
-            print(json.dumps(figures), flush=True)
+            rate = (budget.seen - begun[0]) / (budget.elapsed - begun[1])
+            report(trainer, rate, flow, attributes)
         if budget.elapsed - saved > SAVE_SECONDS:
             saved = budget.elapsed
             trainer.save()
+    clock.fraction.fill_(1.0)
     trainer.save()
+
+
+def report(trainer: Trainer, rate: float, flow: float, attributes: float) -> None:
+    figures = {
+        "seconds": round(trainer.budget.elapsed),
+        "samples": trainer.budget.seen,
+        "per_second": round(rate),
+        "loss": round(flow, 4),
+        "attributes": round(attributes, 3),
+        "validation": round(trainer.validation_loss(), 4),
+    }
+    print(json.dumps(figures), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_options(parser, minutes=100)
     parser.add_argument("--init", type=Path, default=None, help="a package folder to start from")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="single-threaded processes on shared parameters; CPU only"
+    )
     parser.add_argument("--loaders", type=int, default=0, help="caption processes; a GPU needs about 8")
     for name, kind in Recipe.__annotations__.items():
         if name != "seed":
             flag = "--" + name.replace("_", "-")
             parser.add_argument(flag, type=kind, default=Recipe._field_defaults[name])
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1 if arguments.workers > 1 else arguments.threads)
     torch.set_flush_denormal(True)
-    run(prepare(arguments))
+    trainer = prepare(arguments)
+    run(trainer, start_helpers(trainer, arguments.workers), arguments.loaders)
 
 
 if __name__ == "__main__":

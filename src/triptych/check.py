@@ -84,13 +84,17 @@ def check_model(
     if topology.adapter == "fused":
         raise Unsupported(f"{model} is not split: {' '.join(topology.notes)}", field="model")
     resolved = resolve(topology, request)
-    spec = StageSpec(model, "encode", workflow, device, dtype, revision, offline, trust, torch.get_num_threads())
+    spec = StageSpec(
+        model, "encode", workflow, device, dtype, revision, offline, trust, torch.get_num_threads()
+    )
     with contextlib.ExitStack() as stack:
         own = processes or {part.name: stack.enter_context(StageProcess()) for part in topology.stages}
         loads, crossed = _run_split(topology, resolved, spec, own, on_stage)
     on_stage("unsplit")
     where = pick_device(device)
-    whole = _run_whole(topology, resolved, Components(source, trust), Placement(where, pick_dtype(dtype, where)))
+    whole = _run_whole(
+        topology, resolved, Components(source, trust), Placement(where, pick_dtype(dtype, where))
+    )
     differences = tuple(_compare(topology, crossed, whole))
     name, split = _pictures(crossed[topology.stages[-1].name].values)
     return CheckReport(topology, resolved.request, loads, differences, crossed, split, whole[name].cpu())
@@ -135,7 +139,9 @@ def _pictures(values: dict[str, Any]) -> tuple[str, torch.Tensor]:
     return name, values[name]
 
 
-def _compare(topology: Topology, crossed: dict[StageName, Payload], whole: dict[str, Any]) -> Iterator[Difference]:
+def _compare(
+    topology: Topology, crossed: dict[StageName, Payload], whole: dict[str, Any]
+) -> Iterator[Difference]:
     for part in topology.stages:
         for name, value in crossed[part.name].values.items():
             if name in whole and name != "generator_state":

@@ -14,19 +14,28 @@ from typing import Any
 import torch
 from PIL import Image
 
-from triptych.decode import LatentPreview, load_preview_vae
+from triptych.decode import LatentPreview, load_preview_vae, to_clips, to_images
 from triptych.device import free_bytes, pick_device, pick_dtype
-from triptych.errors import Cancelled, InvalidRequest, TriptychError, Unsupported
+from triptych.errors import Cancelled, TriptychError, Unsupported
 from triptych.model import Components, Placement, Topology, Trust, describe, open_model
 from triptych.model.resolve import Resolved, resolve
-from triptych.request import Clip, Progress, Request, Result, StageName, StageTime
-from triptych.stage import Failed, Full, GatherStage, LoadProgress, Output, Refused, StageTask, StepDone, UsePreview
+from triptych.request import Progress, Request, Result, StageName, StageTime
+from triptych.stage import (
+    Failed,
+    Full,
+    GatherStage,
+    LoadProgress,
+    Output,
+    Refused,
+    StageTask,
+    StepDone,
+    UsePreview,
+)
 from triptych.transfer import Payload
 from triptych.worker import build_stage
 
 __all__ = ["Engine", "Job"]
 
-LAYOUTS = ("fused",)
 
 
 @dataclass(eq=False)
@@ -97,7 +106,6 @@ class Engine:
         workflow: str | None = None,
         device: str = "auto",
         dtype: str | None = None,
-        layout: str = "fused",
         revision: str | None = None,
         offline: bool = False,
         trust: Trust | None = None,
@@ -112,17 +120,14 @@ class Engine:
         a tiny VAE that takes the model's own's place in previews (None: a linear map fitted to the model's own).
         Raises ModelNotFound, LoadError, DeviceError, Unsupported or InvalidRequest.
         """
-        if layout not in LAYOUTS:
-            raise InvalidRequest.of("layout", layout, LAYOUTS)
         trust = trust or Trust()
         target = pick_device(device)
         placement = Placement(target, pick_dtype(dtype, target))
         source = open_model(model, revision=revision, offline=offline, trust=trust)
         topology = describe(source, workflow, trust)
         components = Components(source, trust)
-        stages = {
-            part.name: build_stage(topology, part.name, components, placement, capacity)
-            for part in topology.stages
+        stages: dict[StageName, GatherStage] = {
+            part.name: build_stage(topology, part.name, components, placement, capacity) for part in topology.stages
         }
         tiny = None if preview_vae is None else load_preview_vae(preview_vae, placement, trust)
         engine = cls(topology, stages, lambda: free_bytes(target), tiny)
@@ -326,13 +331,13 @@ def _result(topology: Topology, job: Job, payload: Payload) -> Result:
     request = job.resolved.request
     if "videos" in payload.values:
         fps = request.fps or 16.0
-        outputs: tuple[Any, ...] = tuple(Clip(video.numpy(), fps) for video in payload.values["videos"])
+        outputs: tuple[Any, ...] = tuple(to_clips(payload.values["videos"], fps))
     else:
-        outputs = tuple(Image.fromarray(image.numpy()) for image in payload.values["images"])
+        outputs = tuple(to_images(payload.values["images"]))
     return Result(
         job=job.id,
         model=topology.source.name,
-        workflow=topology.workflow,
+        workflow=job.resolved.workflow,
         request=request,
         outputs=outputs,
         times=tuple(job._times),

@@ -27,6 +27,8 @@ class Family:
     standard: dict[str, Any]
     off: dict[str, Any] = field(default_factory=dict)
     """What changes in `standard` when guidance is off."""
+    unguided: float = 1.0
+    """The request's guidance_scale that means off."""
     two: dict[str, Any] = field(default_factory=dict)
     """What changes in `fields` and `standard` for two prompts with two outputs each; {} where a family cannot."""
 

@@ -19,6 +19,8 @@ from transformers import (
     CLIPTextModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -30,14 +32,16 @@ WIDTH = 32
 """Hidden size of every text encoder here."""
 
 
-def t5_encoder(tokenizer: Any, model: Any = T5EncoderModel, config: Any = T5Config, seed: int = 3) -> Any:
+def t5_encoder(
+    tokenizer: Any, model: Any = T5EncoderModel, config: Any = T5Config, seed: int = 3, width: int = WIDTH
+) -> Any:
     """T5's or UMT5's encoder."""
     return seeded(
         seed,
         lambda: model(
             config(
                 vocab_size=len(tokenizer),
-                d_model=WIDTH,
+                d_model=width,
                 d_kv=8,
                 d_ff=37,
                 num_layers=2,
@@ -50,6 +54,21 @@ def t5_encoder(tokenizer: Any, model: Any = T5EncoderModel, config: Any = T5Conf
             )
         ),
     )
+
+
+def qwen3(tokenizer: Any, model: Any = Qwen3Model, seed: int = 11) -> Any:
+    """Qwen3, with or without its head."""
+    config = Qwen3Config(
+        hidden_size=WIDTH,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2048,
+    )
+    return seeded(seed, lambda: model(config))
 
 
 def clip_encoder(tokenizer: Any, model: Any = CLIPTextModel, seed: int = 2) -> Any:
@@ -126,14 +145,14 @@ def _statistics(channels: int, seed: int) -> dict[str, list[float]]:
     return {"latents_mean": mean.tolist(), "latents_std": (1 + torch.rand(channels, generator=generator)).tolist()}
 
 
-def qwen_vae(seed: int = 6, base: int = 8, mult: tuple[int, ...] = (1, 1, 2, 2)) -> AutoencoderKLQwenImage:
-    """Qwen-Image's autoencoder, 8 pixels a latent."""
+def qwen_vae(seed: int = 6, base: int = 8, halvings: int = 3) -> AutoencoderKLQwenImage:
+    """Qwen-Image's autoencoder, 8 pixels a latent unless told otherwise."""
     made = AutoencoderKLQwenImage(
         base_dim=base,
         z_dim=16,
-        dim_mult=list(mult),
+        dim_mult=[1, 1] + [2] * (halvings - 1),
         num_res_blocks=1,
-        temperal_downsample=[False, True, True],
+        temperal_downsample=[False] + [True] * (halvings - 1),
         **_statistics(16, seed),
     )
     return randomize(made, seed)

@@ -10,7 +10,17 @@ import torch
 from tests.stage.toy import SOURCE, Network, ToyProgram
 from triptych.errors import StageFailed, WrongPayload
 from triptych.model import Components, Placement, TaskInputs
-from triptych.stage import Admitted, Failed, Full, GatherStage, Output, Refused, StageEvent, StageTask, StepDone
+from triptych.stage import (
+    Admitted,
+    Failed,
+    Full,
+    GatherStage,
+    Output,
+    Refused,
+    StageEvent,
+    StageTask,
+    StepDone,
+)
 from triptych.stage.gather import Gather, ModeChanged, Parked
 from triptych.transfer import Payload
 

@@ -45,7 +45,12 @@ def test_every_dtype_crosses_bit_for_bit(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "tensor",
-    [torch.tensor(3.5), torch.empty(0, 4), torch.arange(24.0).view(2, 3, 4).transpose(0, 2), torch.arange(9.0)[::2]],
+    [
+        torch.tensor(3.5),
+        torch.empty(0, 4),
+        torch.arange(24.0).view(2, 3, 4).transpose(0, 2),
+        torch.arange(9.0)[::2],
+    ],
     ids=["0-d", "empty", "transposed", "strided"],
 )
 def test_every_shape_crosses(tensor: torch.Tensor) -> None:
@@ -53,7 +58,15 @@ def test_every_shape_crosses(tensor: torch.Tensor) -> None:
 
 
 def test_nested_values_and_tags_cross() -> None:
-    values = {"shapes": [[(1, 8, 8)]], "none": None, "n": 3, "s": "é", "f": 0.1, "b": True, "d": {"k": [torch.ones(2)]}}
+    values = {
+        "shapes": [[(1, 8, 8)]],
+        "none": None,
+        "n": 3,
+        "s": "é",
+        "f": 0.1,
+        "b": True,
+        "d": {"k": [torch.ones(2)]},
+    }
     got = across(Payload(values, {"denoiser_input_fields": ["d"]}, job="j", attempt=2, stage="encode"))
     assert got.values["shapes"] == [[(1, 8, 8)]] and isinstance(got.values["shapes"][0][0], tuple)
     assert (got.values["none"], got.values["n"], got.values["s"], got.values["f"]) == (None, 3, "é", 0.1)

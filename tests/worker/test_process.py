@@ -23,7 +23,7 @@ def process() -> Iterator[StageProcess]:
 
 
 def spec() -> StageSpec:
-    return StageSpec(str(folder("flux")), "encode", device="cpu", threads=1)
+    return StageSpec(str(folder("flux")), "encode", workflow="text2image", device="cpu", threads=1)
 
 
 def task(**fields: object) -> StageTask:

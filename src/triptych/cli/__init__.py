@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -10,9 +11,9 @@ import typer
 
 from triptych import __version__
 from triptych.cli.check import check
+from triptych.cli.console import hush
 from triptych.cli.doctor import doctor
 from triptych.cli.generate import generate
-from triptych.cli.inspect import inspect
 from triptych.errors import Cancelled, TriptychError
 
 __all__ = ["app", "main"]
@@ -20,18 +21,18 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="triptych",
     help="Runs image and video diffusion models as three stages: encode, denoise, decode.",
-    no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
-app.command()(inspect)
 app.command()(check)
 app.command()(doctor)
 
 _WRONG_INPUT = 2
 _INTERRUPTED = 130
+_INVALID_VALUE = re.compile("^Invalid value for '([^']*)': ")
 
 
 def _version(wanted: bool) -> None:
@@ -53,19 +54,21 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line (by default this process') and returns its exit code: 0; 1 for a check that did not pass
-    or an error of our own; 2 for wrong input, after one line on standard error; 130 after Ctrl-C."""
+    """Runs a command line (by default this process') and returns its exit code: 0; 1 for a check that did not
+    pass or an error of our own; 2 for wrong input, after one line on standard error; 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     ours = given.index("--") if "--" in given else len(given)
     debug = "--debug" in given[:ours]
     given = [word for at, word in enumerate(given) if at >= ours or word != "--debug"]
+    hush()
     try:
-        return _run(given)
+        return _run(given or ["--help"])
     except (KeyboardInterrupt, Cancelled):
         typer.echo("cancelled", err=True)
         return _INTERRUPTED
     except typer.TyperException as error:
-        typer.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+        text = _INVALID_VALUE.sub(r"\1: ", " ".join(error.format_message().split()))
+        typer.echo(f"error: {text}", err=True)
         return error.exit_code
     except TriptychError as error:
         if debug:

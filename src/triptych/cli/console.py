@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from triptych.request import Progress, StageTime
     from triptych.stage import LoadProgress
 
-__all__ = ["Display", "human_bytes", "note", "times_table", "warn"]
+__all__ = ["Display", "human_bytes", "hush", "note", "times_table", "warn"]
 
 _LINES_PER_STAGE = 10
 
@@ -42,13 +43,22 @@ def human_bytes(count: float) -> str:
     return f"{count:.3g} TiB"
 
 
+def hush() -> None:
+    """Keeps transformers from telling on standard error, at import, that torchvision is absent: nothing is
+    lost by it, and `triptych doctor` lists it. Costs no import of transformers."""
+    logger = logging.getLogger("transformers.utils.import_utils")
+    logger.addFilter(lambda record: "requires torchvision (not installed)" not in record.getMessage())
+
+
 class Display:
-    """Shows a request's progress: a bar per stage in a terminal, plain lines elsewhere, nothing if `quiet`."""
+    """Shows a request's progress: a bar per stage in a terminal, plain lines elsewhere, nothing if
+    `quiet`."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
+        self._loaded: set[str] = set()
         self._console: Console | None = None
 
     def __enter__(self) -> Display:
@@ -81,9 +91,10 @@ class Display:
             self._console.print(text, markup=False, soft_wrap=True)
 
     def loaded(self, progress: LoadProgress) -> None:
-        """Shows that a component has been loaded."""
-        size = human_bytes(progress.bytes)
-        self.say(f"loaded {progress.component} ({size}) in {progress.seconds:.2f} s")
+        """Shows that a component's weights have been loaded, once however many stages share them."""
+        if progress.bytes and progress.component not in self._loaded:
+            self._loaded.add(progress.component)
+            self.say(f"loaded {progress.component}, {human_bytes(progress.bytes)} in {progress.seconds:.2f} s")
 
     def update(self, progress: Progress) -> None:
         """Shows that a stage has got on."""

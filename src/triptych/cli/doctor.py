@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import re
@@ -51,7 +50,8 @@ def doctor(
 
 
 def examine() -> dict[str, Any]:
-    """The findings: JSON values only; `missing` lists what Triptych needs and cannot find, one sentence each."""
+    """The findings: JSON values only; `missing` lists what Triptych needs and cannot find, one sentence
+    each."""
     libraries = {name: _version(name) for name in (*_LIBRARIES, *_OPTIONAL)}
     missing = [f"library {name} is not installed" for name in _LIBRARIES if libraries[name] is None]
     missing += _outside_ranges(libraries)
@@ -73,6 +73,8 @@ def examine() -> dict[str, Any]:
 
 
 def _version(library: str) -> str | None:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -81,6 +83,8 @@ def _version(library: str) -> str | None:
 
 def _outside_ranges(libraries: dict[str, str | None]) -> list[str]:
     """Installed versions that Triptych's own metadata excludes, if it is installed as a package."""
+    import importlib.metadata
+
     from packaging.requirements import Requirement
 
     try:
@@ -91,7 +95,11 @@ def _outside_ranges(libraries: dict[str, str | None]) -> list[str]:
     for text in requirements:
         requirement = Requirement(text)
         version = libraries.get(requirement.name)
-        if requirement.marker is None and version and not requirement.specifier.contains(version, prereleases=True):
+        if (
+            requirement.marker is None
+            and version
+            and not requirement.specifier.contains(version, prereleases=True)
+        ):
             wrong.append(f"library {requirement.name} is {version}, {requirement.specifier} is needed")
     return wrong
 
@@ -167,7 +175,11 @@ def _text(found: dict[str, Any]) -> str:
         lines.append(f"  {name:16} {version or 'not installed'}{note}")
     if found["media"]:
         there = {**found["media"]["codecs"], **found["media"]["pictures"]}
-        lines += ["", "media", "  " + ", ".join(f"{name} {'yes' if has else 'no'}" for name, has in there.items())]
+        lines += [
+            "",
+            "media",
+            "  " + ", ".join(f"{name} {'yes' if has else 'no'}" for name, has in there.items()),
+        ]
     if found["models"]:
         lines += ["", "embedded models", "  " + (", ".join(found["models"]["embedded"]) or "none")]
     lines += ["", *(f"missing: {text}" for text in found["missing"])]

@@ -11,8 +11,6 @@ from triptych.cli.generation import DEFAULT_MODEL, Asked, Opening, parse_extra, 
 
 __all__ = ["generate"]
 
-_REQUEST, _MODEL, _OUTPUT = "Request", "Model", "Output"
-
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to make. Needed unless --like is given.")] = None,
@@ -23,7 +21,6 @@ def generate(
             "-m",
             help="An embedded model, a diffusers folder or a hub id.",
             show_default=DEFAULT_MODEL,
-            rich_help_panel=_MODEL,
         ),
     ] = None,
     output: Annotated[
@@ -31,110 +28,90 @@ def generate(
         typer.Option(
             "--output",
             "-o",
-            help="The file to write: .png, .webp, .jpg, or .mp4 for clips. Several outputs become name-0, name-1…",
+            help="The .png, .webp, .jpg or .mp4 (clips) to write; several become name-0, name-1…",
             show_default="triptych-SEED.png",
-            rich_help_panel=_OUTPUT,
         ),
     ] = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option("--image", help="A picture to start from; repeat for several.", rich_help_panel=_REQUEST),
+        typer.Option("--image", help="A picture to start from; repeat for several."),
     ] = None,
     mask: Annotated[
         Path | None,
-        typer.Option("--mask", help="Where to paint: white is painted anew.", rich_help_panel=_REQUEST),
+        typer.Option("--mask", help="Where to paint: white is painted anew."),
     ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What to keep away from.", rich_help_panel=_REQUEST)
-    ] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=_REQUEST)] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=_REQUEST)] = None,
-    aspect_ratio: Annotated[
-        str | None, typer.Option(help="Such as 16:9, instead of a size.", rich_help_panel=_REQUEST)
-    ] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Frames of a clip.", rich_help_panel=_REQUEST)] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second.", rich_help_panel=_REQUEST)] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.", rich_help_panel=_REQUEST)] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="How closely to follow the prompt.", rich_help_panel=_REQUEST)
-    ] = None,
-    shift: Annotated[
-        float | None, typer.Option(help="The noise schedule's shift.", rich_help_panel=_REQUEST)
-    ] = None,
-    sigmas: Annotated[
-        str | None, typer.Option(help="The noise schedule itself: 1,0.75,0.5,0.25", rich_help_panel=_REQUEST)
-    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    aspect_ratio: Annotated[str | None, typer.Option(help="Such as 16:9, instead of a size.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of a clip.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="How closely to follow the prompt.")] = None,
+    shift: Annotated[float | None, typer.Option(help="The noise schedule's shift.")] = None,
+    sigmas: Annotated[str | None, typer.Option(help="The noise schedule itself: 1,0.75,0.5,0.25")] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="The same seed gives the same picture.", show_default="random", rich_help_panel=_REQUEST),
+        typer.Option(help="The same seed gives the same picture.", show_default="random"),
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="How far to go from the given picture, 0 to 1.", rich_help_panel=_REQUEST),
+        typer.Option(help="How far to go from the given picture, 0 to 1."),
     ] = None,
     max_sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens of the prompt that are read.", rich_help_panel=_REQUEST)
+        int | None, typer.Option(help="Tokens of the prompt that are read.")
     ] = None,
     extra: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=JSON", help="An input that only this model has; repeatable.", rich_help_panel=_REQUEST
+            metavar="KEY=JSON",
+            help="An input that only this model has; repeatable.",
         ),
     ] = None,
     number: Annotated[
         int | None,
-        typer.Option("--number", "-n", help="Outputs.", show_default="1", rich_help_panel=_REQUEST),
+        typer.Option("--number", "-n", help="Outputs.", show_default="1"),
     ] = None,
     workflow: Annotated[
         str | None,
-        typer.Option(help="What to ask of a model that does several things.", rich_help_panel=_MODEL),
+        typer.Option(help="What to ask of a model that does several things."),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, xpu or mps; with an index such as xpu:1.", rich_help_panel=_MODEL)
+        str,
+        typer.Option(help="auto, cpu, cuda, xpu or mps; with an index such as xpu:1."),
     ] = "auto",
     dtype: Annotated[
         str | None,
         typer.Option(
             help="float32, bfloat16 or float16.",
             show_default="as on disk, float32 on a CPU",
-            rich_help_panel=_MODEL,
         ),
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel=_MODEL)
-    ] = None,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Never go to the hub.", rich_help_panel=_MODEL)
-    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Never go to the hub.")] = False,
     allow_pickle: Annotated[
         bool,
-        typer.Option("--allow-pickle", help="Load weights that can run code when read.", rich_help_panel=_MODEL),
+        typer.Option("--allow-pickle", help="Load weights that can run code when read."),
     ] = False,
     allow_remote_code: Annotated[
         bool,
-        typer.Option("--allow-remote-code", help="Run Python code from the model.", rich_help_panel=_MODEL),
+        typer.Option("--allow-remote-code", help="Run Python code from the model."),
     ] = False,
     no_metadata: Annotated[
         bool,
-        typer.Option("--no-metadata", help="Leave the settings out of the file.", rich_help_panel=_OUTPUT),
+        typer.Option("--no-metadata", help="Leave the settings out of the file."),
     ] = False,
     like: Annotated[
         Path | None,
-        typer.Option(help="Repeat the settings in this file; other options override.", rich_help_panel=_REQUEST),
+        typer.Option(help="Repeat the settings in this file; other options override."),
     ] = None,
-    show: Annotated[
-        bool, typer.Option("--show", help="Draw the picture in the terminal.", rich_help_panel=_OUTPUT)
-    ] = False,
+    show: Annotated[bool, typer.Option("--show", help="Draw the picture in the terminal.")] = False,
     preview: Annotated[
         Path | None,
-        typer.Option(help="A picture file to refresh after each step.", rich_help_panel=_OUTPUT),
+        typer.Option(help="A picture file to refresh after each step."),
     ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress and no times.", rich_help_panel=_OUTPUT)
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print what was made as JSON.", rich_help_panel=_OUTPUT)
-    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no times.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
     """Make a picture or a clip from a prompt.
 

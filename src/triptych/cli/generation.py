@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from triptych import __version__
 from triptych.cli.console import Display, note, times_table, warn
 from triptych.cli.targets import FORMATS, Target, check_writable, write
 from triptych.errors import InvalidRequest
@@ -17,8 +17,9 @@ from triptych.errors import InvalidRequest
 if TYPE_CHECKING:
     from PIL import Image
 
-    from triptych import Engine, Request, Result
+    from triptych import Engine, Request, Result, Trust
     from triptych.decode import Settings
+    from triptych.request import Clip
 
 __all__ = ["DEFAULT_MODEL", "Asked", "Opening", "parse_extra", "parse_numbers", "run"]
 
@@ -40,8 +41,8 @@ class Opening:
     allow_remote_code: bool
 
     def completed(self, settings: Settings | None) -> Opening:
-        """With what the settings say where the person said nothing. What is allowed is never theirs to say. Raises
-        InvalidRequest if the model is needed and they cannot name it."""
+        """With what the settings say where the person said nothing. What is allowed is never theirs to say.
+        Raises InvalidRequest if the model is needed and they cannot name it."""
         if settings is None:
             return replace(self, model=self.model or DEFAULT_MODEL)
         return replace(
@@ -52,12 +53,32 @@ class Opening:
             dtype=self.dtype or settings.dtype,
         )
 
-    def open(self, display: Display) -> Engine:
-        """Opens it, showing what is loaded. Raises TriptychError."""
-        from triptych import Engine, Trust
+    @property
+    def trust(self) -> Trust:
+        """What the person allows."""
+        from triptych import Trust
+
+        return Trust(pickle_weights=self.allow_pickle, remote_code=self.allow_remote_code)
+
+    def check(self, request: Request, target: Target) -> None:
+        """Looks at the model without reading a weight: would it serve the request? Loading can take minutes,
+        and nobody should wait them for an error. Raises TriptychError."""
+        from triptych.device import free_bytes, pick_device
+        from triptych.model import describe, open_model
+        from triptych.model.resolve import resolve
 
         assert self.model is not None
-        display.say(f"opening {self.model}")
+        device = pick_device(self.device)
+        source = open_model(self.model, revision=self.revision, offline=self.offline, trust=self.trust)
+        topology = describe(source, self.workflow, self.trust)
+        target.check_makes(topology.makes)
+        resolve(topology, request, free_bytes(device))
+
+    def open(self, display: Display) -> Engine:
+        """Opens it, showing what is loaded. Raises TriptychError."""
+        from triptych import Engine
+
+        assert self.model is not None
         return Engine.open(
             self.model,
             workflow=self.workflow,
@@ -65,7 +86,7 @@ class Opening:
             dtype=self.dtype,
             revision=self.revision,
             offline=self.offline,
-            trust=Trust(pickle_weights=self.allow_pickle, remote_code=self.allow_remote_code),
+            trust=self.trust,
             report=display.loaded,
         )
 
@@ -98,16 +119,15 @@ def run(asked: Asked) -> None:
         target = Target.of(None, fields.get("output_format"))
     request = _request({**fields, "output_format": target.format})
     opening = asked.opening.completed(settings)
-    with Display(quiet=asked.quiet) as display, opening.open(display) as engine:
-        target.check_makes(engine.topology.makes)
-        result = _stream(engine, request, display, asked.preview)
-        chosen = _chosen(result, settings, asked)
-        paths = target.paths(len(chosen), engine.topology.makes, result.request.seed or 0)
-        texts = [_metadata(engine, result, index, opening.dtype) if asked.metadata else None for index in chosen]
-        write([result.outputs[index] for index in chosen], paths, texts)
-    _tell(result, paths, asked)
+    with Display(quiet=asked.quiet) as display:
+        display.say(f"opening {opening.model}")
+        opening.check(request, target)
+        with opening.open(display) as engine:
+            result = _stream(engine, request, display, asked.preview)
+            made = _write(engine, result, target, opening, asked, settings)
+    _tell(result, [path for path, _ in made], asked)
     if asked.show:
-        _draw([result.outputs[index] for index in chosen])
+        _draw([output for _, output in made])
 
 
 def parse_numbers(field: str, text: str | None) -> tuple[float, ...] | None:
@@ -164,17 +184,20 @@ def _model_of(settings: Settings) -> str:
 
 
 def _fields(asked: Asked, settings: Settings | None) -> dict[str, Any]:
-    """The request's fields: the settings' where there are some, what was given over them, and the pictures."""
-    from triptych.decode import read_image, read_mask, repeat
+    """The request's fields: the settings' where there are some, what was given over them, and the
+    pictures."""
+    from triptych.decode import read_image, read_mask, repeat_settings
 
-    fields = repeat(settings, asked.fields) if settings else dict(asked.fields)
+    fields = repeat_settings(settings, asked.fields) if settings else dict(asked.fields)
     if "prompt" not in fields:
         raise InvalidRequest.of("prompt", None, "a text, or --like FILE")
     fields["images"] = tuple(read_image(path) for path in asked.images)
     fields["mask"] = read_mask(asked.mask) if asked.mask else None
     if settings is not None:
         _compare("image", settings.images, fields["images"])
-        _compare("mask", (settings.mask,) if settings.mask else (), (fields["mask"],) if fields["mask"] else ())
+        _compare(
+            "mask", (settings.mask,) if settings.mask else (), (fields["mask"],) if fields["mask"] else ()
+        )
     return fields
 
 
@@ -183,9 +206,11 @@ def _compare(field: str, digests: Sequence[str], pictures: Sequence[Image.Image]
     from triptych.decode import digest
 
     if digests and not pictures:
-        raise InvalidRequest.of(field, "none", f"the {len(digests)} that the settings of --like were made with")
+        raise InvalidRequest.of(
+            field, "none", f"the {len(digests)} that the settings of --like were made with"
+        )
     if pictures and [digest(picture) for picture in pictures] != list(digests):
-        warn(f"{field}: not what the settings of --like were made with; the result will differ")
+        warn(f"{field}: not what --like was made with; the result will differ")
 
 
 def _request(fields: dict[str, Any]) -> Request:
@@ -199,31 +224,50 @@ def _stream(engine: Engine, request: Request, display: Display, preview: Path | 
     from triptych import Progress
     from triptych.decode import write_image
 
-    with contextlib.closing(engine.stream(request, preview=preview is not None)) as events:
-        for event in events:
+    job = engine.submit(request, preview=preview is not None)
+    try:
+        for event in job.events():
             if not isinstance(event, Progress):
                 return event
             display.update(event)
             if preview is not None and event.preview is not None:
                 write_image(event.preview, preview)
-    raise AssertionError("a stream ends with its result or an error")
+    finally:
+        job.cancel()
+    raise AssertionError("a job ends with its result or an error")
 
 
-def _chosen(result: Result, settings: Settings | None, asked: Asked) -> list[int]:
-    """Which outputs to write: all, or the one that the file of --like holds."""
-    everything = list(range(len(result.outputs)))
-    if settings is None or "num_outputs" in asked.fields or settings.output not in everything:
-        return everything
-    return [settings.output]
+def _write(
+    engine: Engine,
+    result: Result,
+    target: Target,
+    opening: Opening,
+    asked: Asked,
+    settings: Settings | None,
+) -> list[tuple[Path, Image.Image | Clip]]:
+    """Writes the outputs, each with its settings: all of them, or the one that the file of --like holds."""
+    chosen = list(range(len(result.outputs)))
+    if settings is not None and "num_outputs" not in asked.fields and settings.output in chosen:
+        chosen = [settings.output]
+    outputs = [result.outputs[index] for index in chosen]
+    texts = [_metadata(engine, result, index, opening) if asked.metadata else None for index in chosen]
+    paths = target.paths(len(chosen), engine.topology.makes, result.request.seed or 0)
+    write(outputs, paths, texts)
+    return list(zip(paths, outputs, strict=True))
 
 
-def _metadata(engine: Engine, result: Result, index: int, dtype: str | None) -> str | None:
+def _metadata(engine: Engine, result: Result, index: int, opening: Opening) -> str | None:
     from triptych.decode import encode_settings, settings_of
 
     source = engine.topology.source
     try:
         settings = settings_of(
-            result, source=source.kind, revision=source.revision, dtype=dtype, output=index
+            result,
+            version=__version__,
+            source=source.kind,
+            revision=source.revision,
+            dtype=opening.dtype,
+            output=index,
         )
         return encode_settings(settings)
     except InvalidRequest as error:
@@ -254,7 +298,7 @@ def _tell(result: Result, paths: Sequence[Path], asked: Asked) -> None:
     print(json.dumps(made))
 
 
-def _draw(outputs: Sequence[object]) -> None:
+def _draw(outputs: Sequence[Image.Image | Clip]) -> None:
     """Draws pictures, and the first frame of clips, on standard output."""
     from PIL import Image
     from rich.console import Console
@@ -265,7 +309,6 @@ def _draw(outputs: Sequence[object]) -> None:
     console = Console()
     for output in outputs:
         picture = Image.fromarray(output.frames[0]) if isinstance(output, Clip) else output
-        assert isinstance(picture, Image.Image)
         problem = show(picture, console)
         if problem:
             note(f"cannot draw the picture here: {problem}")

@@ -1,5 +1,5 @@
-"""Drawing a picture in the terminal: with a graphics protocol where the terminal says it has one, else in half
-blocks, two pixels a character."""
+"""Drawing a picture in the terminal: with a graphics protocol where the terminal says it has one, else in
+half blocks, two pixels a character."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Protocol = Literal["kitty", "iterm2"]
 _SMALLEST = 256
 """Pixels: pictures are enlarged to at least this width for the graphics protocols."""
 _CHUNK = 4096
-# A kitty graphics query (a 1×1 picture, not shown), the terminal's name and version, and last what every terminal
-# answers (its device attributes), so that an answer without the first two is known to be complete.
+# A kitty graphics query (a 1×1 picture, not shown), the terminal's name and version, and last what every
+# terminal answers (its device attributes), so that an answer without the first two is known to be complete.
 _QUESTION = b"\x1b_Gi=31,s=1,v=1,a=q,t=d,f=24;AAAA\x1b\\\x1b[>q\x1b[c"
 _DEVICE_ATTRIBUTES = re.compile(rb"\x1b\[\?[\d;]*c")
 
@@ -56,8 +56,8 @@ def _ask() -> Protocol | None:
 
 
 def probe(source: int, sink: int, seconds: float = 0.5) -> Protocol | None:
-    """Asks a terminal (read at descriptor `source`, written at `sink`) for its graphics protocol; None if it has none
-    or stays silent for so many seconds."""
+    """Asks a terminal (read at descriptor `source`, written at `sink`) for its graphics protocol; None if it
+    has none or stays silent for so many seconds."""
     with _raw(source) as able:
         if not able:
             return None
@@ -76,7 +76,8 @@ def probe(source: int, sink: int, seconds: float = 0.5) -> Protocol | None:
 
 @contextlib.contextmanager
 def _raw(descriptor: int) -> Iterator[bool]:
-    """Lets answers be read as they come, unseen, and restores the terminal. False where that cannot be done."""
+    """Lets answers be read as they come, unseen, and restores the terminal. False where that cannot be
+    done."""
     try:
         import termios
         import tty

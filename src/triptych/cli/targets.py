@@ -6,10 +6,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from triptych.errors import InvalidRequest, MediaError
 
-__all__ = ["FORMATS", "Target", "check_writable"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from triptych.request import Clip
+
+__all__ = ["FORMATS", "Target", "check_writable", "write"]
 
 FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg", ".mp4": "mp4"}
 """The output formats by suffix."""
@@ -18,8 +24,8 @@ _SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg", "mp4": ".mp4"}
 
 @dataclass(frozen=True)
 class Target:
-    """The path a person named (None: one is made from the seed, in the working folder) and the format it asks for
-    (None: the model decides)."""
+    """The path a person named (None: one is made from the seed, in the working folder) and the format it asks
+    for (None: the model decides)."""
 
     path: Path | None
     format: str | None
@@ -28,7 +34,8 @@ class Target:
     def of(cls, path: Path | None, format: str | None = None) -> Target:
         """Checks a path as far as that goes without a model. `format` counts where there is no path.
 
-        Raises InvalidRequest for an unsupported suffix, MediaError for a folder that is missing or not writable.
+        Raises InvalidRequest for an unsupported suffix, MediaError for a folder that is missing or not
+        writable.
         """
         if path is None:
             check_writable(Path("triptych.png"))
@@ -42,13 +49,15 @@ class Target:
     def check_makes(self, makes: str) -> None:
         """Raises InvalidRequest if the path's suffix is not for what the model `makes` (image or video)."""
         if self.format is not None and (self.format == "mp4") != (makes == "video"):
-            allowed = [suffix for suffix, format in FORMATS.items() if (format == "mp4") == (makes == "video")]
+            allowed = [
+                suffix for suffix, format in FORMATS.items() if (format == "mp4") == (makes == "video")
+            ]
             given = str(self.path) if self.path else self.format
             raise InvalidRequest.of("output", given, f"{', '.join(allowed)} (this model makes {makes}s)")
 
     def paths(self, count: int, makes: str, seed: int) -> list[Path]:
-        """The paths of so many outputs: the named one, or name-0, name-1… A name of our own making never falls on a
-        file that exists."""
+        """The paths of so many outputs: the named one, or name-0, name-1… A name of our own making never
+        falls on a file that exists."""
         if self.path is not None:
             return _numbered(self.path, count)
         suffix = _SUFFIXES[self.format or ("mp4" if makes == "video" else "png")]
@@ -81,7 +90,7 @@ def check_writable(path: Path, field: str = "output") -> None:
         raise MediaError(f"given {str(path)!r}: {problem}; allowed: a file in a writable folder", field=field)
 
 
-def write(outputs: Sequence[object], paths: Sequence[Path], texts: Sequence[str | None]) -> None:
+def write(outputs: Sequence[Image.Image | Clip], paths: Sequence[Path], texts: Sequence[str | None]) -> None:
     """Writes each output (a picture or a clip) to its path, with its metadata. Raises MediaError."""
     from triptych.decode import write_clip, write_image
     from triptych.request import Clip

@@ -6,15 +6,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from triptych.decode.media import read_image, read_mask, to_clips, to_images, to_uint8, write_clip, write_image
-    from triptych.decode.metadata import Settings, digest, encode_settings, read_settings, repeat, settings_of
+    from triptych.decode.media import (
+        read_image,
+        read_mask,
+        to_clips,
+        to_images,
+        to_uint8,
+        write_clip,
+        write_image,
+    )
+    from triptych.decode.metadata import (
+        Settings,
+        digest,
+        encode_settings,
+        read_settings,
+        repeat_settings,
+        settings_of,
+    )
     from triptych.decode.preview import LatentPreview, load_preview_vae
     from triptych.decode.stage import DecodeStage, FusedStage
 
 # Imported on first use: reading and writing media needs no torch, and must not pay for it.
 _FILES = {
     "media": ("read_image", "read_mask", "to_clips", "to_images", "to_uint8", "write_clip", "write_image"),
-    "metadata": ("Settings", "digest", "encode_settings", "read_settings", "repeat", "settings_of"),
+    "metadata": ("Settings", "digest", "encode_settings", "read_settings", "repeat_settings", "settings_of"),
     "preview": ("LatentPreview", "load_preview_vae"),
     "stage": ("DecodeStage", "FusedStage"),
 }
@@ -31,7 +46,7 @@ __all__ = [
     "read_image",
     "read_mask",
     "read_settings",
-    "repeat",
+    "repeat_settings",
     "settings_of",
     "to_clips",
     "to_images",

@@ -338,6 +338,7 @@ def write_clip(clip: Clip, path: str | os.PathLike[str], metadata: str | None = 
 
 def _encode_mp4(frames: np.ndarray, fps: float, path: Path, metadata: str | None) -> None:
     import av
+    from av.error import FFmpegError
     from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
@@ -345,7 +346,7 @@ def _encode_mp4(frames: np.ndarray, fps: float, path: Path, metadata: str | None
             container.metadata["comment"] = metadata
         try:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        except (av.FFmpegError, ValueError) as error:
+        except (FFmpegError, ValueError) as error:
             raise Unsupported(f"this PyAV cannot encode H.264: {_one_line(error)}", field="output") from error
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

@@ -14,7 +14,6 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticSerializationError
 
-from triptych import __version__
 from triptych.decode import exif
 from triptych.decode.media import MAX_BYTES, open_image, read_bytes
 from triptych.errors import InvalidRequest, MediaError
@@ -26,7 +25,7 @@ __all__ = [
     "digest",
     "encode_settings",
     "read_settings",
-    "repeat",
+    "repeat_settings",
     "settings_of",
 ]
 
@@ -64,13 +63,14 @@ class Settings(BaseModel):
 def settings_of(
     result: Result,
     *,
+    version: str,
     source: SourceKind,
     revision: str | None = None,
     dtype: str | None = None,
     output: int = 0,
 ) -> Settings:
-    """The settings of a result's `output`-th output. Raises InvalidRequest if `extra` holds more than JSON
-    values."""
+    """The settings of a result's `output`-th output, made by Triptych `version`. Raises InvalidRequest if
+    `extra` holds more than JSON values."""
     request = result.request
     try:
         fields = request.model_dump(mode="json", exclude=set(_PICTURES), exclude_none=True)
@@ -79,7 +79,7 @@ def settings_of(
     if "width" in fields or "height" in fields:
         fields.pop("aspect_ratio", None)
     return Settings(
-        triptych=__version__,
+        triptych=version,
         model=os.path.basename(os.path.normpath(result.model)) if source == "folder" else result.model,
         source=source,
         revision=revision,
@@ -107,10 +107,8 @@ def encode_settings(settings: Settings) -> str:
         allowed = "finite numbers, for settings to be written"
         raise InvalidRequest.of("extra", settings.request.get("extra"), allowed) from None
     if len(text) > MAX_SETTINGS_BYTES:
-        raise InvalidRequest(
-            f"given settings of {len(text)} bytes; allowed: at most {MAX_SETTINGS_BYTES} in a file's metadata",
-            field="metadata",
-        )
+        given = f"given settings of {len(text)} bytes"
+        raise InvalidRequest(f"{given}; allowed: at most {MAX_SETTINGS_BYTES} in a file", field="metadata")
     return text
 
 
@@ -146,7 +144,7 @@ def read_settings(path: str | os.PathLike[str], *, field: str = "like") -> Setti
     return settings
 
 
-def repeat(settings: Settings, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def repeat_settings(settings: Settings, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The request's fields with `overrides` in place of theirs, and without those that an override replaces
     in other words (a size for an aspect ratio, sigmas for a number of steps). `extra` is merged key by
     key."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from triptych.decode.media import to_uint8
 from triptych.errors import WrongPayload
 from triptych.stage import GatherStage
 from triptych.transfer import Payload
@@ -38,8 +39,3 @@ def pictures(payload: Payload, raw: bool = False) -> Payload:
             payload.tags = {}
             return payload
     raise WrongPayload(f"decode made neither images nor videos but {sorted(payload.values)}")
-
-
-def to_uint8(pictures: torch.Tensor) -> torch.Tensor:
-    """Float (…, channels, height, width) in 0…1 to uint8 (…, height, width, channels), rounded as diffusers rounds."""
-    return (pictures.float().movedim(-3, -1) * 255).round_().clamp_(0, 255).to(torch.uint8).contiguous().cpu()

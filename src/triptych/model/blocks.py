@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
+import functools
 import importlib
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +15,9 @@ from typing import Any
 from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, SequentialPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
 
-from triptych.errors import LoadError, Unsupported
+from triptych.errors import Unsupported
+from triptych.model import index
+from triptych.model.checkpoint import read_json
 from triptych.model.families import Family, our_workflow
 from triptych.model.topology import STAGES, Source, StageName
 
@@ -32,8 +34,6 @@ __all__ = [
     "select",
     "workflow_blocks",
 ]
-
-INDEX_FILES = ("modular_model_index.json", "model_index.json")
 
 _ours = contextvars.ContextVar("triptych_runs_diffusers", default=False)
 
@@ -63,19 +63,8 @@ def quiet() -> Iterator[None]:
 
 
 def read_index(source: Source) -> dict[str, Any]:
-    """The folder's modular_model_index.json or model_index.json. Raises LoadError if there is none or it is broken."""
-    for name in INDEX_FILES:
-        path = Path(source.folder) / name
-        if not path.is_file():
-            continue
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise LoadError(f"{path.name} of {source.name} is not JSON: {error}") from None
-        if isinstance(index, dict):
-            return index
-        raise LoadError(f"{path.name} of {source.name} holds no object")
-    raise LoadError(f"{source.name} has no {' or '.join(INDEX_FILES)}")
+    """What the folder's model_index.json (or modular_model_index.json) holds. Raises as `index.read_index` does."""
+    return read_json(Path(source.folder) / index.read_index(source).file)
 
 
 def _configs(index: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +83,28 @@ def full_blocks(family: Family, index: Mapping[str, Any]) -> ModularPipelineBloc
         blocks for name in names if name and (blocks := getattr(diffusers, name, None)) and blocks.block_classes
     )
     # Some families share block instances between all pipelines of the process; ours get hooks, so they are copies.
-    return copy.deepcopy(chosen())
+    blocks = copy.deepcopy(chosen())
+    if family.unguided_fails:
+        for leaf in leaves_of(blocks):
+            _always_negative(leaf)
+    return blocks
+
+
+def _always_negative(leaf: ModularPipelineBlocks) -> None:
+    """Has a text block give negative embeddings without guidance too. They are the prompt's own: nothing reads them,
+    and a prompt cache knows them already."""
+    encode = getattr(leaf, "encode_prompt", None)
+    if encode is None:
+        return
+
+    @functools.wraps(encode)
+    def encode_prompt(*args: Any, prepare_unconditional_embeds: bool, **kwargs: Any) -> Any:
+        if not prepare_unconditional_embeds:
+            prompt = kwargs["prompt"]
+            kwargs["negative_prompt"] = prompt if isinstance(prompt, list) else [prompt]
+        return encode(*args, prepare_unconditional_embeds=True, **kwargs)
+
+    vars(leaf)["encode_prompt"] = encode_prompt
 
 
 def native_workflows(blocks: ModularPipelineBlocks, family: Family) -> dict[str, str | None]:

@@ -100,7 +100,9 @@ def _parse(path: Path, text: bytes) -> tuple[Header, int]:
             names.append(name)
             end, total = max(end, stop), total + stop - begin
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise LoadError(f"{path} has a damaged safetensors header ({type(error).__name__}: {error})", field="model") from None
+        raise LoadError(
+            f"{path} has a damaged safetensors header ({type(error).__name__}: {error})", field="model"
+        ) from None
     return Header(tuple(names), elements, total), end
 
 

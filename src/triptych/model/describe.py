@@ -13,9 +13,9 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, Modula
 from triptych.errors import LoadError, Unsupported
 from triptych.model import blocks as modular
 from triptych.model.families import Family, resolve_family, wrong_in_modular
+from triptych.model.index import read_index as check_index
 from triptych.model.load import meta_component
 from triptych.model.open import component_infos
-from triptych.model.standard import standard_topology
 from triptych.model.topology import (
     STAGES,
     ComponentInfo,
@@ -48,16 +48,19 @@ class _Model:
     family: Family
 
 
-def describe(source: Source, workflow: str | None = None, trust: Trust = Trust()) -> Topology:
+def describe(source: Source, workflow: str | None = None, trust: Trust | None = None) -> Topology:
     """The topology of `source` for one workflow, or for the union of its workflows where `workflow` is None.
 
     Raises Unsupported for an unknown workflow (listing the known ones), LoadError for a broken folder.
     """
+    check_index(source, trust or Trust())
     index = modular.read_index(source)
     infos = component_infos(source)
     family = resolve_family(index)
     reason = wrong_in_modular(index)
     if family is None or reason is not None:
+        from triptych.model.standard import standard_topology
+
         return standard_topology(source, infos, workflow)
     return _modular_topology(_Model(source, index, infos, family), workflow)
 
@@ -81,10 +84,10 @@ def _modular_topology(model: _Model, workflow: str | None) -> Topology:
 
 def _lacking(model: _Model, blocks: Mapping[str, ModularPipelineBlocks]) -> list[str]:
     """The components that these blocks need and the folder does not have."""
+    specs = {name: spec for block in blocks.values() for name, spec in _specs(block).items()}
     return [
         name
-        for block in blocks.values()
-        for name, spec in _specs(block).items()
+        for name, spec in specs.items()
         if spec.default_creation_method == "from_pretrained"
         and name not in model.infos
         and name not in model.family.nullable

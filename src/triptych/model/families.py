@@ -41,6 +41,14 @@ class Family:
     """The blocks do not repeat a missing or single negative prompt over several prompts."""
     empty_negative: str = ""
     """What stands for a missing negative prompt."""
+    outputs_as_prompts: bool = False
+    """The blocks make one output per prompt rightly and several wrongly; each prompt is repeated instead."""
+    sliced_vae: bool = False
+    """The VAE fails on more than one clip at a time; diffusers' slicing gives it one after the other."""
+    unguided: float = 1.0
+    """The greatest guidance scale at which the standard pipeline runs without guidance."""
+    unguided_fails: bool = False
+    """Without guidance the text block fails for want of negative embeddings, and the loop asks for them as well."""
     multimodal_rope: bool = False
     """The text encoder takes pictures, and diffusers does not forward `mm_token_type_ids`, without which
     transformers 5 computes one-dimensional positions (diffusers issue 14194)."""
@@ -108,9 +116,18 @@ FAMILIES: tuple[Family, ...] = (
         when=("boundary_ratio", "transformer_2"),
         workflow="text2video",
         patch=2,
+        unguided_fails=True,
         fps=16.0,
     ),
-    Family("wan", ("WanPipeline",), "WanModularPipeline", workflow="text2video", patch=2, fps=16.0),
+    Family(
+        "wan",
+        ("WanPipeline",),
+        "WanModularPipeline",
+        workflow="text2video",
+        patch=2,
+        unguided_fails=True,
+        fps=16.0,
+    ),
     Family(
         "wan2.2-i2v",
         ("WanImageToVideoPipeline",),
@@ -118,6 +135,7 @@ FAMILIES: tuple[Family, ...] = (
         when=("boundary_ratio", "transformer_2"),
         workflow="image2video",
         patch=2,
+        unguided_fails=True,
         fps=16.0,
     ),
     Family(
@@ -125,6 +143,7 @@ FAMILIES: tuple[Family, ...] = (
         ("WanImageToVideoPipeline",),
         "WanImage2VideoModularPipeline",
         patch=2,
+        unguided_fails=True,
         fps=16.0,
     ),
     Family(
@@ -134,6 +153,7 @@ FAMILIES: tuple[Family, ...] = (
         when=("boundary_ratio", "transformer_2"),
         workflow="video2video",
         patch=2,
+        unguided_fails=True,
         fps=16.0,
     ),
     Family(
@@ -142,6 +162,7 @@ FAMILIES: tuple[Family, ...] = (
         "ZImageModularPipeline",
         patch=2,
         guider={"use_original_formulation": True},
+        unguided=0.0,
     ),
     Family(
         "sd3",
@@ -156,8 +177,15 @@ FAMILIES: tuple[Family, ...] = (
         ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
         "StableDiffusionXLModularPipeline",
         reads=(("encode", "unet"),),
+        outputs_as_prompts=True,
     ),
-    Family("ltx", ("LTXPipeline", "LTXImageToVideoPipeline"), "LTXModularPipeline", fps=25.0),
+    Family(
+        "ltx",
+        ("LTXPipeline", "LTXImageToVideoPipeline"),
+        "LTXModularPipeline",
+        unguided_fails=True,
+        fps=25.0,
+    ),
     Family(
         "ltx2",
         ("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline"),
@@ -169,6 +197,8 @@ FAMILIES: tuple[Family, ...] = (
         ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
         "HunyuanVideo15ModularPipeline",
         reads=(("encode", "transformer"),),
+        outputs_as_prompts=True,
+        sliced_vae=True,
         fps=24.0,
     ),
     Family("ernie-image", ("ErnieImagePipeline",), "ErnieImageModularPipeline", patch=2),

@@ -110,4 +110,6 @@ def _explained(error: Exception, name: str, revision: str | None, offline: bool)
         return ModelNotFound(
             f"cannot reach {constants.ENDPOINT} ({cause}), and {name}{at} is not in the cache", field="model"
         )
-    return ModelNotFound(f"cannot open {name}{at}: {type(error).__name__}: {str(error).splitlines()[:1]}", field="model")
+    return ModelNotFound(
+        f"cannot open {name}{at}: {type(error).__name__}: {str(error).splitlines()[:1]}", field="model"
+    )

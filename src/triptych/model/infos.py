@@ -105,12 +105,11 @@ def _measure_remote(
     size = sum(sizes.get(file, 0) for file in weights.files)
     if not all(file in sizes for file in weights.files):
         size = int(metadata.get("total_size") or size)
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    if dtype in ITEMSIZE:
-        return int(metadata.get("total_parameters") or size // ITEMSIZE[dtype]), size, dtype
     parameters = int(metadata.get("total_parameters") or _count(source, entry) or 0)
-    width = round(size / parameters) if parameters else 0
-    return parameters or size // 2, size, {4: "float32", 8: "float64"}.get(width)
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype not in ITEMSIZE:
+        dtype = {4: "float32", 8: "float64"}.get(round(size / parameters)) if parameters else None
+    return parameters or size // ITEMSIZE.get(dtype or "float16", 2), size, dtype
 
 
 def _count(source: Source, entry: Entry) -> int | None:

@@ -51,7 +51,9 @@ def load_component(source: Source, spec: ComponentInfo, placement: Placement, tr
     from their configurations.
     """
     if placement.kind != "resident" or placement.quantization is not None:
-        raise Unsupported(f"placement {placement.kind!r} with quantization {placement.quantization!r}", field="placement")
+        raise Unsupported(
+            f"placement {placement.kind!r} with quantization {placement.quantization!r}", field="placement"
+        )
     folder = Path(source.folder) / spec.subfolder
     if not folder.is_dir() and source.kind != "hub":
         raise LoadError(f"component {spec.name!r}: no folder {folder}", field="model")
@@ -157,6 +159,7 @@ def _model(cls: Any, folder: Path, weights: WeightFiles, placement: Placement, t
     """from_pretrained, with nothing left random and nothing that should have been used left over."""
     options: dict[str, Any] = {"variant": weights.variant, "output_loading_info": True, "local_files_only": True}
     options["use_safetensors"] = not weights.pickle
+    options["ignore_mismatched_sizes"] = True  # so that they are listed, and refused below
     options["dtype"] = placement.dtype or _disk_dtype(folder, weights, placement.device)
     if trust.remote_code and "PreTrainedModel" in {base.__name__ for base in cls.__mro__}:
         options["trust_remote_code"] = True
@@ -185,11 +188,11 @@ def _check_fit(model: torch.nn.Module, info: dict[str, Any]) -> None:
     its body is wanted) or recomputes it (a buffer that is not saved any more).
     """
     missing, mismatched = set(info.get("missing_keys", ())), list(info.get("mismatched_keys", ()))
-    meta = [name for name, tensor in model.named_parameters() if tensor.is_meta]
-    if missing or meta:
-        raise LoadError(f"the weights lack {_some(missing or meta)}")
     if mismatched:
-        raise LoadError(f"the weights do not fit the configuration: {_some(_mismatch(entry) for entry in mismatched)}")
+        raise LoadError(f"the weights do not fit the configuration: {_some([_mismatch(each) for each in mismatched])}")
+    missing = missing or {name for name, tensor in model.named_parameters() if tensor.is_meta}
+    if missing:
+        raise LoadError(f"the weights lack {_some(missing)}")
     parts, buffers = {name for name, _ in model.named_children()}, {name for name, _ in model.named_buffers()}
     left = {name for name in info.get("unexpected_keys", ()) if name not in buffers}
     wrong = {name for name in left if name.split(".")[0] in parts}

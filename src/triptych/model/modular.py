@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -31,6 +32,8 @@ __all__ = ["GENERATOR_STATE", "ModularProgram"]
 
 GENERATOR_STATE = "generator_state"
 ANCHOR = "triptych_anchor"
+OUTPUT_COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
+MISSING = re.compile(r"Required input '(\w+)' is missing")
 FLOW_PREDICTIONS = ("flow_prediction", "flow")
 
 
@@ -87,8 +90,11 @@ class ModularProgram:
         pipe._component_specs = {ANCHOR: ComponentSpec(ANCHOR), **pipe._component_specs}
 
     def _mended(self, name: str, component: Any) -> Any:
+        """The component with what its family needs done to it, on the instance."""
         if self._family.multimodal_rope and name == "text_encoder":
             return with_token_types(component)
+        if self._family.sliced_vae and name == "vae":
+            component.enable_slicing()
         return component
 
     def run(
@@ -110,6 +116,9 @@ class ModularProgram:
         try:
             with modular.quiet(), torch.no_grad():
                 view.blocks_of_stage(view, state)
+        except ValueError as error:
+            self._explain(error)
+            raise
         finally:
             del self._running[id(task)]
         return self._outputs(task, state, before)
@@ -149,20 +158,21 @@ class ModularProgram:
         scale = task.guidance_scale if scale is None else scale
         if scale is None:
             return default.new(**options)
-        # The standard pipelines switch guidance off at 1 and below, whatever the formula gives there.
-        return default.new(guidance_scale=float(scale), enabled=scale > 1, **options)
+        # The standard pipelines switch guidance off there, whatever the formula gives.
+        return default.new(guidance_scale=float(scale), enabled=scale > self._family.unguided, **options)
 
     def _state(self, task: TaskInputs) -> PipelineState:
         """The pipeline state that the unsplit pipeline would have reached here."""
         state = PipelineState()
         given = {**self._fields(task), "generator": task.generator, "output_type": "pt"}
         values = {name: self._arrived(value) for name, value in task.values.items() if name != GENERATOR_STATE}
+        for port in self.stage.inputs:
+            if port.type_hint == "dtype" and isinstance(values.get(port.name), str):
+                values[port.name] = getattr(torch, values[port.name].removeprefix("torch."))
         for item in self._stage_inputs():
             if item.name is None:
                 continue
             value = values.get(item.name, given.get(item.name))
-            if value is None and item.required:
-                self._refuse_missing(item.name)
             state.set(item.name, item.default if value is None else value, item.kwargs_type)
         for name, value in values.items():
             state.values[name] = value
@@ -177,19 +187,26 @@ class ModularProgram:
         assert self._pipe is not None
         return self._pipe._blocks.inputs
 
-    def _refuse_missing(self, name: str) -> None:
+    def _explain(self, error: ValueError) -> None:
+        """Names the input that a block misses. Which inputs are required depends on the branches that are taken, so
+        only the blocks know, when they run."""
+        missing = MISSING.fullmatch(str(error))
+        if missing is None:
+            return
+        name = missing[1]
         if any(port.name == name for port in self.stage.inputs):
-            raise WrongPayload(f"stage {self.stage.name} needs {name}, which did not arrive")
-        raise InvalidRequest.of(name, None, "a value (this model needs it)")
+            raise WrongPayload(f"stage {self.stage.name} needs {name}, which did not arrive") from error
+        raise InvalidRequest.of(name, None, "a value (this model needs it)") from error
 
     def _fields(self, task: TaskInputs) -> dict[str, Any]:
-        fields = dict(task.fields)
+        # Copies: some text blocks write their template into the list of prompts that they are given.
+        fields = {name: list(item) if isinstance(item, list) else item for name, item in task.fields.items()}
         if task.guidance_scale is not None:
             fields.setdefault("guidance_scale", task.guidance_scale)
         prompt, negative = fields.get("prompt"), fields.get("negative_prompt")
         if self._family.negative_per_prompt and isinstance(prompt, list) and not isinstance(negative, list):
             fields["negative_prompt"] = [negative or self._family.empty_negative] * len(prompt)
-        return fields
+        return repeated(fields) if self._family.outputs_as_prompts else fields
 
     def _arrived(self, value: Any) -> Any:
         """A value on this stage's device; in denoise also in its dtype, which blocks take from prompt_embeds."""
@@ -331,10 +348,22 @@ def with_token_types(encoder: Any) -> Any:
     return mended
 
 
+def repeated(fields: dict[str, Any]) -> dict[str, Any]:
+    """Asks for one output of each prompt, repeated, instead of several of each."""
+    count = next((fields.pop(name) for name in OUTPUT_COUNTS if name in fields), 1)
+    for name in ("prompt", "negative_prompt"):
+        if count > 1 and (texts := fields.get(name)) is not None:
+            texts = texts if isinstance(texts, list) else [texts]
+            fields[name] = [text for text in texts for _ in range(count)]
+    return fields
+
+
 def crossing(name: str, value: Any) -> Any:
     """The value, if it may cross: tensors, JSON values, and lists of them. Raises Unsupported otherwise."""
     if value is None or isinstance(value, (torch.Tensor, str, bool, int, float)):
         return value
+    if isinstance(value, torch.dtype):
+        return str(value)
     if isinstance(value, (list, tuple)):
         return [crossing(name, item) for item in value]
     if isinstance(value, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -25,9 +26,7 @@ def embedded_models() -> tuple[str, ...]:
     return tuple(sorted(path.name for path in EMBEDDED.iterdir() if (path / INDEX_FILES[0]).is_file()))
 
 
-def open_model(
-    name: str, *, revision: str | None = None, offline: bool = False, trust: Trust = Trust()
-) -> Source:
+def open_model(name: str, *, revision: str | None = None, offline: bool = False, trust: Trust = Trust()) -> Source:
     """Finds a model: an embedded one's name, a local diffusers folder, or a hub id, in this order.
 
     Of a hub's repository only small files are fetched (no weights); `revision` is a branch, tag or commit there, and
@@ -40,12 +39,12 @@ def open_model(
 
 
 def _find(name: str, revision: str | None, offline: bool, trust: Trust) -> Source:
-    local = Path(name).expanduser()
+    local = os.path.expanduser(name)
     if name in embedded_models():
         source = Source(name, str(EMBEDDED / name), "embedded")
-    elif local.is_dir():
-        source = Source(name, str(local.resolve()), "folder")
-    elif local.is_file():
+    elif os.path.isdir(local):
+        source = Source(name, os.path.realpath(local), "folder")
+    elif os.path.isfile(local):
         raise ModelNotFound(f"{name!r} is a file; give the folder that holds model_index.json", field="model")
     elif HUB_ID.fullmatch(name) and not name.startswith("."):
         return hub.open_repository(name, revision, offline, trust.remote_code)

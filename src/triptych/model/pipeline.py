@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,7 +51,7 @@ def assemble(index: Mapping[str, Any], kind: type[DiffusionPipeline], components
     return pipe
 
 
-def view(pipe: Any, swaps: Iterable[tuple[Any, Any]]) -> Any:
+def view(pipe: Any, swaps: Sequence[tuple[Any, Any]]) -> Any:
     """A shallow copy of the pipeline for one task, with some components replaced by the task's own, also in the
     pipelines inside it (combined pipelines hold several)."""
     double = copy.copy(pipe)
@@ -113,7 +113,9 @@ def _sigma(scheduler: Any, timestep: Any) -> float | None:
     if sigmas is None:
         return None
     if index is None:
-        index = getattr(scheduler, "begin_index", None) or 0
+        index = getattr(scheduler, "begin_index", None)
+    if index is None:
+        index = scheduler.index_for_timestep(timestep) if hasattr(scheduler, "index_for_timestep") else 0
     return float(sigmas[min(index, len(sigmas) - 1)])
 
 
@@ -167,6 +169,7 @@ def arguments(topology: Topology, pipe: Any, task: TaskInputs, fields: Mapping[s
         raise InvalidRequest.of(unknown[0], given[unknown[0]], f"nothing ({topology.pipeline_class} has no such input)")
     scale = guidance_field(topology.guidance, taken)
     if task.guidance_scale is not None and scale is not None:
+        given.pop("guidance_scale", None)
         given[scale] = task.guidance_scale
     if scale == "true_cfg_scale" and given.get(scale, taken[scale].default) > 1:
         # Without a negative prompt these pipelines leave the guidance out and only log it.

@@ -62,7 +62,13 @@ def serve(connection: socket.socket) -> None:
             elif isinstance(message, wire.Run) and stage is not None and payload is not None:
                 fields, before = wire.unpack_task(payload)
                 task = StageTask(
-                    message.job, fields, message.seed, message.guidance_scale, message.shift, before, raw=message.raw
+                    message.job,
+                    fields,
+                    message.seed,
+                    message.guidance_scale,
+                    message.shift,
+                    before,
+                    raw=message.raw,
                 )
                 run_task(connection, stage, task)
         except TriptychError as error:

@@ -9,7 +9,11 @@ from triptych.model import Components, Placement, Topology, program
 from triptych.request import StageName
 from triptych.stage import GatherStage
 
-_STAGES: dict[StageName, type[GatherStage]] = {"encode": EncodeStage, "denoise": DenoiseStage, "decode": DecodeStage}
+_STAGES: dict[StageName, type[GatherStage]] = {
+    "encode": EncodeStage,
+    "denoise": DenoiseStage,
+    "decode": DecodeStage,
+}
 
 
 def build_stage(

@@ -1,0 +1,134 @@
+"""`triptych check`: is a model, split over three processes, still the same model?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from triptych.cli.console import note
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from triptych.check import CheckReport
+    from triptych.model import Topology
+
+__all__ = ["check"]
+
+_MULTIPLES = 8
+"""A small size: so many times the smallest one."""
+
+
+def check(
+    model: Annotated[str, typer.Argument(help="An embedded model, a diffusers folder or a hub id.")],
+    workflow: Annotated[
+        str | None, typer.Option(help="What to ask of a model that does several things.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 2,
+    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="a small size")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="a small size")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, xpu or mps.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Never go to the hub.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Load weights that can run code when read.")
+    ] = False,
+    allow_remote_code: Annotated[
+        bool, typer.Option("--allow-remote-code", help="Run Python code from the model.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Run a model split over three processes and unsplit, and compare.
+
+    Says whether the results are equal bit for bit, or where and by how much they differ (then exits with 1).
+    """
+    from triptych import Request, Trust
+    from triptych.check import check_model
+    from triptych.model import describe, open_model
+
+    trust = Trust(pickle_weights=allow_pickle, remote_code=allow_remote_code)
+    # A size asked for is checked before a model is looked at.
+    Request.parse(prompt="", width=width, height=height, num_inference_steps=steps)
+    source = open_model(model, revision=revision, offline=offline, trust=trust)
+    fields = _small_request(describe(source, workflow, trust), width, height)
+    report = check_model(
+        model,
+        Request.parse(**fields, num_inference_steps=steps),
+        workflow=workflow,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        offline=offline,
+        trust=trust,
+        on_stage=(lambda _: None) if quiet else (lambda stage: note(f"running {stage}")),
+    )
+    print(json.dumps(_findings(report)) if as_json else _table(report))
+    if report.first is not None or not report.equal:
+        raise typer.Exit(1)
+
+
+def _small_request(topology: Topology, width: int | None, height: int | None) -> dict[str, Any]:
+    """The fields of a request that every model of this topology can serve, at a small size."""
+    small = _MULTIPLES * topology.spatial_multiple
+    default = topology.defaults
+    wide = width or min(small, default.width or small)
+    high = height or min(small, default.height or small)
+    fields: dict[str, Any] = {"prompt": "a red apple on a table", "seed": 0, "width": wide, "height": high}
+    if topology.makes == "video":
+        fields["num_frames"] = (topology.temporal_scale or 4) + 1
+    inputs = {item.name for stage in topology.stages for item in stage.request_inputs}
+    if "image" in inputs and not topology.workflow.startswith("text2"):
+        fields["images"] = (_picture(wide, high),)
+    if "mask_image" in inputs and topology.workflow == "inpaint":
+        fields["mask"] = _picture(wide, high).convert("L").point([0] * 128 + [255] * 128)
+    return fields
+
+
+def _picture(width: int, height: int) -> Image.Image:
+    """A picture with a different colour at each place."""
+    from PIL import Image
+
+    down = Image.linear_gradient("L").resize((width, height))
+    across = Image.linear_gradient("L").rotate(90).resize((width, height))
+    return Image.merge("RGB", (down, across, down.rotate(180)))
+
+
+def _findings(report: CheckReport) -> dict[str, Any]:
+    return {
+        "model": report.topology.source.name,
+        "workflow": report.topology.workflow,
+        "family": report.topology.family,
+        "equal": report.equal,
+        "first_difference": asdict(report.first) if report.first else None,
+        "loads": report.loads,
+        "values": [asdict(item) for item in report.differences],
+    }
+
+
+def _table(report: CheckReport) -> str:
+    topology = report.topology
+    lines = [f"{topology.source.name}, {topology.workflow}, {topology.family}: split over three processes"]
+    lines += [f"  {stage} held {', '.join(names) or 'no weights'}" for stage, names in report.loads.items()]
+    lines += ["", f"{'stage':8} {'value':32} {'shape':22} {'dtype':9} {'split = unsplit':>16}"]
+    for item in report.differences:
+        shape = "×".join(map(str, item.shape)) or "scalar"
+        verdict = "bit for bit" if item.equal else f"off by {item.error:.2e}"
+        lines.append(f"{item.stage:8} {item.name[:32]:32} {shape:22} {item.dtype:9} {verdict:>16}")
+    return "\n".join([*lines, "", _verdict(report)])
+
+
+def _verdict(report: CheckReport) -> str:
+    first = report.first
+    if first is None:
+        return "equal bit for bit"
+    where = (
+        f"first at {first.name} out of {first.stage}: off by {first.error:.2e}, {first.relative:.2e} relative"
+    )
+    return (
+        f"{'the output is equal, but a value on the way differs' if report.equal else 'not equal'}; {where}"
+    )
