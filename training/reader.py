@@ -23,6 +23,8 @@ WINDOW = 40
 # A thing may be paler or stronger than its sprite by this much and still be that thing.
 GAINS = (0.6, 1.2)
 LEAST_EXPLAINED = 0.35
+# A second thing must explain this share of the foreground, or noise would count as one.
+SECOND_THING_SHARE = 0.02
 CHUNK = 32
 CENTRE = list(POSITIONS).index("center")
 
@@ -132,6 +134,7 @@ class Reader:
 
     def _choose(self, score: Tensor, difference: Tensor, background: int) -> Reading:
         """The hypothesis, one thing or a pair, with the most explained energy."""
+        energy = float(difference.square().sum())
         best, place, index = self._best_single(score)
         chosen = self.candidates[index]
         kind = SINGLE if chosen.colour == NONE else SHAPE
@@ -141,11 +144,10 @@ class Reader:
             for size in range(len(SIZES)):
                 usable = torch.where(self.is_noun & (self.sizes == size), score, -torch.inf)
                 a, b = usable[one].max(0), usable[other].max(0)
-                if float(a.values + b.values) > best and float(min(a.values, b.values)) > 0:
+                if float(a.values + b.values) > best + SECOND_THING_SHARE * energy:
                     best = float(a.values + b.values)
                     nouns = (self.candidates[int(a.indices)].sprite, self.candidates[int(b.indices)].sprite)
                     scene = Scene(PAIR, *nouns, relation, size, NONE, background, NONE)
-        energy = float(difference.square().sum())
         share = best / energy if energy > 1.0 else 0.0
         return Reading(scene if share >= LEAST_EXPLAINED else None, background, share)
 

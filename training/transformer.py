@@ -6,6 +6,7 @@ checkpoint. The learning rate follows the elapsed share of --minutes or --sample
 
 import argparse
 import json
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -321,7 +322,8 @@ def help_training(
     worker = Worker(model, table, recipe, CaptionTokens(build_tokenizer()), place)
     worker.step = step
     batches = worker.batches()
-    while (fraction := float(clock.fraction)) < 1.0:
+    parent = os.getppid()
+    while (fraction := float(clock.fraction)) < 1.0 and os.getppid() == parent:
         batch = next(batches)
         worker.train_step(batch, fraction)
         clock.helped[place[0] - 1] += len(batch.rows)

@@ -31,6 +31,8 @@ class Family:
     """The request's guidance_scale that means off."""
     two: dict[str, Any] = field(default_factory=dict)
     """What changes in `fields` and `standard` for two prompts with two outputs each; {} where a family cannot."""
+    two_standard: dict[str, Any] = field(default_factory=dict)
+    """What changes in `standard` for them, where that is something else."""
 
 
 def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:

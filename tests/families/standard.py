@@ -46,13 +46,14 @@ def wan22_ti2v() -> Any:
         decoder_base_dim=8,
         scale_factor_spatial=16,
     )
+    scheduler: dict[str, Any] = {"scheduler": parts.wan_scheduler()}
     return WanPipeline(
         tokenizer=tokenizer,
         text_encoder=parts.t5_encoder(tokenizer, UMT5EncoderModel, UMT5Config),
         vae=vae,
-        scheduler=parts.wan_scheduler(),
         transformer=parts.wan_transformer(in_channels=48, out_channels=48),
         expand_timesteps=True,
+        **scheduler,
     )
 
 
@@ -68,6 +69,17 @@ def llama(tokenizer: Any, seed: int = 21) -> Any:
         max_position_embeddings=512,
     )
     return seeded(seed, lambda: LlamaModel(config))
+
+
+def _levels(name: str) -> dict[str, Any]:
+    """A causal video autoencoder's four levels of blocks: 8 pixels and 4 frames a latent."""
+    return {
+        "down_block_types": (f"{name}DownBlock3D",) * 4,
+        "up_block_types": (f"{name}UpBlock3D",) * 4,
+        "block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+    }
 
 
 def hunyuan_video() -> Any:
@@ -88,17 +100,10 @@ def hunyuan_video() -> Any:
         pooled_projection_dim=parts.WIDTH,
         rope_axes_dim=(2, 4, 4),
     )
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=4,
-        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
-        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
+    vae = AutoencoderKLHunyuanVideo(**_levels("HunyuanVideo"), norm_num_groups=4)
+    text: dict[str, Any] = {"text_encoder": llama(tokenizer), "tokenizer": tokenizer}
     return HunyuanVideoPipeline(
-        text_encoder=llama(tokenizer),
-        tokenizer=tokenizer,
+        **text,
         transformer=randomize(transformer, 22),
         vae=randomize(vae, 23),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
@@ -164,14 +169,7 @@ def cogvideox() -> Any:
         patch_size=2,
         max_text_seq_length=16,
     )
-    vae = AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * 4,
-        up_block_types=("CogVideoXUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-    )
+    vae = AutoencoderKLCogVideoX(**_levels("CogVideoX"), norm_num_groups=2)
     return CogVideoXPipeline(
         tokenizer=tokenizer,
         text_encoder=parts.t5_encoder(tokenizer),

@@ -69,16 +69,12 @@ def clip() -> CLIPTokenizer:
 
 
 def t5() -> T5TokenizerFast:
-    """A unigram tokenizer with T5's special tokens."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always", split=True)]
-    )
-    trainer = trainers.UnigramTrainer(
-        vocab_size=300, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
-    )
-    found = _trained(tokenizer, trainer, CORPUS)
-    return T5TokenizerFast(vocab=[tuple(item) for item in found["vocab"]], extra_ids=0, model_max_length=512)
+    """A unigram tokenizer with T5's special tokens. Written down, not trained: training one is not reproducible."""
+    words = sorted({word for text in CORPUS for word in text.split()})
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    vocabulary += [(f"▁{word}", -5.0 - 0.01 * rank) for rank, word in enumerate(words)]
+    vocabulary += [(char, -12.0) for char in string.printable.strip()]
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
 
 
 def qwen() -> Qwen2Tokenizer:

@@ -28,7 +28,7 @@ class Hub:
 
     def weight_requests(self) -> list[str]:
         """Paths of weight files that were asked for, by HEAD or GET, within their repository."""
-        return [path.split("/", 5)[-1] for _, path in self.requests if path.endswith(WEIGHTS)]
+        return [path.split("/", 4)[-1] for _, path in self.requests if path.endswith(WEIGHTS)]
 
     def commit(self, name: str, revision: str) -> str | None:
         """The commit of a revision, None if there is none."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import families
 from tests.model import tiny
 from triptych.errors import DeviceError, LoadError, Unsupported
 from triptych.model.checkpoint import weight_files
@@ -19,7 +20,7 @@ from triptych.model.infos import causal
 from triptych.model.load import Components, Placement, load_component, meta_component
 from triptych.model.open import component_infos, open_model
 from triptych.model.topology import ComponentInfo
-from triptych.model.trust import Trust
+from triptych.model.trust import NO_TRUST, Trust
 
 CPU = Placement(torch.device("cpu"))
 TRANSFORMER = Path("transformer/diffusion_pytorch_model.safetensors")
@@ -37,7 +38,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "model"))
 
 
-def load(folder: Path, name: str, placement: Placement = CPU, trust: Trust = Trust()) -> Any:
+def load(folder: Path, name: str, placement: Placement = CPU, trust: Trust = NO_TRUST) -> Any:
     """The component of that name, through every check."""
     source = open_model(str(folder), trust=trust)
     return load_component(source, component_infos(source)[name], placement, trust)
@@ -108,7 +109,8 @@ def test_loading_leaves_the_libraries_logs_as_they_were(made: Path, capfd: pytes
     from transformers.utils import logging as transformers_log
 
     before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in (diffusers_log, transformers_log)]
-    load(made, "text_encoder"), load(made, "transformer")
+    for name in ("text_encoder", "transformer"):
+        load(made, name)
     assert before == [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in (diffusers_log, transformers_log)]
     assert capfd.readouterr() == ("", "")
 
@@ -335,7 +337,7 @@ def test_tensors_without_a_place_are_named(folder: Path, name: str, change: dict
 def test_a_head_that_the_class_does_not_have_is_left_out(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
+    settings: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
     LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **settings)).save_pretrained(
         folder / "text_encoder"
     )
@@ -369,6 +371,16 @@ def test_qwen_vl_survives_its_renaming(folder: Path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert component_infos(open_model(str(folder)))["text_encoder"].causal is True
+
+
+def test_a_vision_language_processor_loads_with_or_without_torchvision() -> None:
+    processor = load(families.folder("qwen-image-edit-plus"), "processor")
+    text = "<|vision_start|><|image_pad|><|vision_end|>red"
+    made = processor(text=[text], images=[families.picture(0, 112, 56)], return_tensors="pt")
+    image = made["input_ids"] == processor.image_token_id
+    assert type(processor).__name__ == "Qwen2VLProcessor"
+    assert image.sum() * 4 == len(made["pixel_values"]) == made["image_grid_thw"].prod() > 4
+    assert torch.equal(made["mm_token_type_ids"].bool(), image)
 
 
 # --- placements

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -12,7 +13,8 @@ import torch
 
 from tests.model import hub_server, tiny
 from triptych.errors import InvalidRequest, LoadError, ModelNotFound, Unsupported
-from triptych.model.load import Components, Placement, load_component
+from triptych.model import StageName, describe, program
+from triptych.model.load import Components, Placement
 from triptych.model.open import component_infos, embedded_models, fetch_weights, open_model
 from triptych.model.topology import Source
 from triptych.model.trust import Trust
@@ -101,7 +103,7 @@ def test_a_revision_belongs_to_a_hub(folder: Path) -> None:
         {"_class_name": ["pipeline", "MyPipeline"]},
     ],
 )
-def test_code_of_the_models_own_needs_permission(folder: Path, index: dict) -> None:
+def test_code_of_the_models_own_needs_permission(folder: Path, index: dict[str, Any]) -> None:
     tiny.write_index(folder, **index)
     with pytest.raises(LoadError, match="allow-remote-code"):
         open_model(str(folder))
@@ -138,7 +140,7 @@ def test_infos_measure_what_the_headers_say(folder: Path) -> None:
 
 def test_modular_index_alone_is_enough(folder: Path) -> None:
     (folder / "model_index.json").unlink()
-    content = {"_class_name": "FluxModularPipeline"}
+    content: dict[str, Any] = {"_class_name": "FluxModularPipeline"}
     for name, (library, cls) in tiny.COMPONENTS.items():
         content[name] = [
             None,
@@ -169,19 +171,19 @@ def test_opening_and_describing_asks_for_no_weights(hub: hub_server.Hub, made: P
         assert 0 <= info.bytes - local[name].bytes < 40_000  # the hub's sizes count the header
 
 
-def test_loading_a_component_fetches_its_files_alone(hub: hub_server.Hub) -> None:
-    source = open_model("me/tiny")
-    infos = component_infos(source)
-    components = Components(source)
-    for name in ("vae", "tokenizer", "scheduler"):
-        components.get(infos[name], CPU)
-    assert set(hub.weight_requests()) == {"diffusion_pytorch_model.safetensors"}
-    asked = {path for _, path in hub.requests if path.endswith(".safetensors")}
-    assert all("/vae/" in path for path in asked)
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [("encode", {"text_encoder", "text_encoder_2"}), ("denoise", {"transformer"}), ("decode", {"vae"})],
+)
+def test_loading_a_stage_fetches_its_weights_alone(hub: hub_server.Hub, stage: StageName, expected: set[str]) -> None:
+    topology = describe(open_model("me/tiny"), "text2image")
+    assert hub.weight_requests() == []
+    program(topology, stage).load(Components(topology.source), CPU)
+    assert {file.split("/")[0] for file in hub.weight_requests()} == expected
     seen = len(hub.weight_requests())
-    load_component(source, infos["vae"], CPU, Trust())
-    fetch_weights(source, infos["vae"])
-    assert len(hub.weight_requests()) == seen  # already in the cache
+    program(topology, stage).load(Components(topology.source), CPU)
+    fetch_weights(topology.source, topology.components[min(expected)])
+    assert len(hub.weight_requests()) == seen  # now in the cache
 
 
 def test_the_revision_is_respected_and_pinned(hub: hub_server.Hub) -> None:
@@ -205,8 +207,20 @@ def test_offline_uses_the_cache_and_says_what_is_missing(hub: hub_server.Hub) ->
 
 
 def test_offline_without_a_cache(hub: hub_server.Hub) -> None:
-    with pytest.raises(ModelNotFound, match="offline.*not in the cache"):
+    with pytest.raises(ModelNotFound, match=r"offline.*not in the cache"):
         open_model("me/tiny", offline=True)
+    assert hub.requests == []
+
+
+def test_the_hub_librarys_own_offline_mode(hub: hub_server.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_model("me/tiny")
+    hub.requests.clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert open_model("me/tiny") == source
+    with pytest.raises(LoadError, match=r"cannot fetch vae/diffusion_pytorch_model\.safetensors"):
+        Components(source).get(component_infos(source)["vae"], CPU)
+    with pytest.raises(ModelNotFound, match=r"offline.*not in the cache"):
+        open_model("me/other")
     assert hub.requests == []
 
 

@@ -40,14 +40,12 @@ def transformer(**changes: Any) -> FluxTransformer2DModel:
 
 def vae() -> AutoencoderKL:
     """Two levels, four latent channels."""
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=32,
-    )
+    levels: dict[str, Any] = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    return AutoencoderKL(**levels, latent_channels=4, norm_num_groups=4, sample_size=32)
 
 
 def text_encoder() -> CLIPTextModel:

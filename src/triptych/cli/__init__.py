@@ -14,6 +14,7 @@ from triptych.cli.check import check
 from triptych.cli.console import hush
 from triptych.cli.doctor import doctor
 from triptych.cli.generate import generate
+from triptych.cli.inspect import inspect
 from triptych.errors import Cancelled, TriptychError
 
 __all__ = ["app", "main"]
@@ -27,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
+app.command()(inspect)
 app.command()(check)
 app.command()(doctor)
 

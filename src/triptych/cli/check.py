@@ -24,9 +24,7 @@ _MULTIPLES = 8
 
 def check(
     model: Annotated[str, typer.Argument(help="An embedded model, a diffusers folder or a hub id.")],
-    workflow: Annotated[
-        str | None, typer.Option(help="What to ask of a model that does several things.")
-    ] = None,
+    workflow: Annotated[str | None, typer.Option(help="What to ask of a model that does several things.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 2,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="a small size")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="a small size")] = None,
@@ -126,9 +124,5 @@ def _verdict(report: CheckReport) -> str:
     first = report.first
     if first is None:
         return "equal bit for bit"
-    where = (
-        f"first at {first.name} out of {first.stage}: off by {first.error:.2e}, {first.relative:.2e} relative"
-    )
-    return (
-        f"{'the output is equal, but a value on the way differs' if report.equal else 'not equal'}; {where}"
-    )
+    where = f"first at {first.name} out of {first.stage}: off by {first.error:.2e}, {first.relative:.2e} relative"
+    return f"{'the output is equal, but a value on the way differs' if report.equal else 'not equal'}; {where}"

@@ -36,11 +36,11 @@ def warn(text: str) -> None:
 
 def human_bytes(count: float) -> str:
     """A number of bytes with a binary unit, three digits: 1.50 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
         count /= 1024
-    return f"{count:.3g} TiB"
+        del units[0]
+    return f"{count:.0f} {units[0]}" if count >= 100 else f"{count:.3g} {units[0]}"
 
 
 def hush() -> None:

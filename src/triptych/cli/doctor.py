@@ -95,11 +95,7 @@ def _outside_ranges(libraries: dict[str, str | None]) -> list[str]:
     for text in requirements:
         requirement = Requirement(text)
         version = libraries.get(requirement.name)
-        if (
-            requirement.marker is None
-            and version
-            and not requirement.specifier.contains(version, prereleases=True)
-        ):
+        if requirement.marker is None and version and not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"library {requirement.name} is {version}, {requirement.specifier} is needed")
     return wrong
 

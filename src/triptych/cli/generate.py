@@ -58,9 +58,7 @@ def generate(
         float | None,
         typer.Option(help="How far to go from the given picture, 0 to 1."),
     ] = None,
-    max_sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens of the prompt that are read.")
-    ] = None,
+    max_sequence_length: Annotated[int | None, typer.Option(help="Tokens of the prompt that are read.")] = None,
     extra: Annotated[
         list[str] | None,
         typer.Option(

@@ -115,8 +115,8 @@ def run(asked: Asked) -> None:
     _check_preview(asked.preview)
     settings = _settings(asked.like)
     fields = _fields(asked, settings)
-    if asked.output is None:
-        target = Target.of(None, fields.get("output_format"))
+    if asked.output is None and asked.like is not None:
+        target = Target.of(None, FORMATS.get(asked.like.suffix.lower()))
     request = _request({**fields, "output_format": target.format})
     opening = asked.opening.completed(settings)
     with Display(quiet=asked.quiet) as display:
@@ -195,9 +195,7 @@ def _fields(asked: Asked, settings: Settings | None) -> dict[str, Any]:
     fields["mask"] = read_mask(asked.mask) if asked.mask else None
     if settings is not None:
         _compare("image", settings.images, fields["images"])
-        _compare(
-            "mask", (settings.mask,) if settings.mask else (), (fields["mask"],) if fields["mask"] else ()
-        )
+        _compare("mask", (settings.mask,) if settings.mask else (), (fields["mask"],) if fields["mask"] else ())
     return fields
 
 
@@ -206,9 +204,7 @@ def _compare(field: str, digests: Sequence[str], pictures: Sequence[Image.Image]
     from triptych.decode import digest
 
     if digests and not pictures:
-        raise InvalidRequest.of(
-            field, "none", f"the {len(digests)} that the settings of --like were made with"
-        )
+        raise InvalidRequest.of(field, "none", f"the {len(digests)} that --like was made with")
     if pictures and [digest(picture) for picture in pictures] != list(digests):
         warn(f"{field}: not what --like was made with; the result will differ")
 

@@ -49,9 +49,7 @@ class Target:
     def check_makes(self, makes: str) -> None:
         """Raises InvalidRequest if the path's suffix is not for what the model `makes` (image or video)."""
         if self.format is not None and (self.format == "mp4") != (makes == "video"):
-            allowed = [
-                suffix for suffix, format in FORMATS.items() if (format == "mp4") == (makes == "video")
-            ]
+            allowed = [suffix for suffix, format in FORMATS.items() if (format == "mp4") == (makes == "video")]
             given = str(self.path) if self.path else self.format
             raise InvalidRequest.of("output", given, f"{', '.join(allowed)} (this model makes {makes}s)")
 

@@ -1,4 +1,4 @@
-"""The two EXIF entries Triptych reads, taken from bytes that nobody vouches for.
+"""The two EXIF entries that Triptych reads and the one it writes; read from bytes that nobody vouches for.
 
 Pillow's own EXIF reader warns through Python's (process-wide) warnings on damaged blocks and follows every
 offset; this one looks up single tags, stays inside the block and answers None to anything odd.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import struct
 
-__all__ = ["orientation", "user_comment"]
+__all__ = ["orientation", "user_comment", "with_user_comment"]
 
 _PREFIX = b"Exif\x00\x00"
 _ORIENTATION = 0x0112
 _EXIF_POINTER = 0x8769
 _USER_COMMENT = 0x9286
 _MAX_ENTRIES = 1000
-_SHORT, _LONG, _UNDEFINED = 3, 4, 7
+_BYTE, _SHORT, _LONG, _UNDEFINED = 1, 3, 4, 7
 
 
 def orientation(block: bytes) -> int:
@@ -29,6 +29,13 @@ def user_comment(block: bytes) -> bytes | None:
     first = _Directory.first(block)
     pointer = first.number(_EXIF_POINTER)
     return _Directory(first.data, first.order, pointer).raw(_USER_COMMENT) if pointer else None
+
+
+def with_user_comment(comment: bytes) -> bytes:
+    """An EXIF block of nothing but a user comment, which begins with its 8-byte character code."""
+    first = struct.pack("<4sIHHHIII", b"II*\x00", 8, 1, _EXIF_POINTER, _LONG, 1, 26, 0)
+    second = struct.pack("<HHHIII", 1, _USER_COMMENT, _UNDEFINED, len(comment), 44, 0)
+    return _PREFIX + first + second + comment
 
 
 class _Directory:
@@ -71,7 +78,7 @@ class _Directory:
     def raw(self, tag: int) -> bytes | None:
         """The bytes of that tag, if they lie within the block."""
         entry = self._entry(tag)
-        if entry is None or entry[0] != _UNDEFINED:
+        if entry is None or entry[0] not in (_BYTE, _UNDEFINED):
             return None
         _, size, at = entry
         if size > 4:

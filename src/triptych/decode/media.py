@@ -57,6 +57,8 @@ IMAGE_SUFFIXES: dict[str, ImageFormat] = {".png": "png", ".webp": "webp", ".jpg"
 VIDEO_SUFFIXES: dict[str, Literal["mp4"]] = {".mp4": "mp4"}
 
 _ALLOWED = "a PNG, JPEG, WebP, GIF, BMP or AVIF picture, not animated"
+_ASCII = b"ASCII\x00\x00\x00"
+"""An EXIF user comment begins with its character code."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -150,9 +152,7 @@ def read_bytes(
             with path.open("rb") as file:
                 data = file.read(max_bytes + 1)
         except (OSError, ValueError) as error:
-            raise _refuse(
-                given, f"a file that cannot be read ({_one_line(error)})", field, allowed
-            ) from error
+            raise _refuse(given, f"a file that cannot be read ({_one_line(error)})", field, allowed) from error
     if not data:
         raise _refuse(given, "a file of 0 bytes", field, allowed)
     if len(data) > max_bytes:
@@ -251,9 +251,7 @@ def _levels(pixels: torch.Tensor, ndim: int) -> np.ndarray:
     levels = (pixels.cpu() if pixels.element_size() == 1 else to_uint8(pixels)).numpy()
     channels = (1, 3, 4) if ndim == 4 else (3,)
     if levels.ndim != ndim or levels.shape[-1] not in channels:
-        raise ValueError(
-            f"pixels of shape {tuple(pixels.shape)}, expected {ndim} dimensions, {channels} channels"
-        )
+        raise ValueError(f"pixels of shape {tuple(pixels.shape)}, expected {ndim} dimensions, {channels} channels")
     return levels
 
 
@@ -303,17 +301,11 @@ def write_image(
     else:
         options = {"quality": 95, "subsampling": 0} if format == "jpeg" else {"lossless": True, "exact": True}
         if metadata is not None:
-            options["exif"] = _exif_with(metadata)
+            options["exif"] = exif.with_user_comment(_ASCII + metadata.encode("ascii"))
     if format == "jpeg" and image.mode not in ("L", "RGB"):
         image = _to_rgb(image)
     with replacing(path) as temporary:
         image.save(temporary, format=format.upper(), **options)
-
-
-def _exif_with(comment: str) -> bytes:
-    block = Image.Exif()
-    block.get_ifd(0x8769)[0x9286] = b"ASCII\x00\x00\x00" + comment.encode("ascii")
-    return block.tobytes()
 
 
 def write_clip(clip: Clip, path: str | os.PathLike[str], metadata: str | None = None) -> None:
@@ -325,9 +317,7 @@ def write_clip(clip: Clip, path: str | os.PathLike[str], metadata: str | None = 
     """
     frames = clip.frames
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
-        raise ValueError(
-            f"frames of {frames.dtype} {frames.shape}, expected uint8 (frames, height, width, 3)"
-        )
+        raise ValueError(f"frames of {frames.dtype} {frames.shape}, expected uint8 (frames, height, width, 3)")
     _, height, width, _ = frames.shape
     padding = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
     if height % 2 or width % 2:
@@ -358,8 +348,6 @@ def _encode_mp4(frames: np.ndarray, fps: float, path: Path, metadata: str | None
         context.color_range = ColorRange.MPEG
         for array in frames:
             frame = av.VideoFrame.from_ndarray(array, format="rgb24")
-            frame = frame.reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-            )
+            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticSerializationError
 
 from triptych.decode import exif
 from triptych.decode.media import MAX_BYTES, open_image, read_bytes
@@ -72,10 +71,13 @@ def settings_of(
     """The settings of a result's `output`-th output, made by Triptych `version`. Raises InvalidRequest if
     `extra` holds more than JSON values."""
     request = result.request
+    # The file itself says what its format is.
+    fields = request.model_dump(exclude={*_PICTURES, "output_format"}, exclude_none=True)
     try:
-        fields = request.model_dump(mode="json", exclude=set(_PICTURES), exclude_none=True)
-    except PydanticSerializationError:
-        raise InvalidRequest.of("extra", request.extra, "JSON values, for settings to be written") from None
+        fields = json.loads(json.dumps(fields, allow_nan=False))
+    except (TypeError, ValueError):
+        allowed = "JSON values, finite, for settings to be written"
+        raise InvalidRequest.of("extra", request.extra, allowed) from None
     if "width" in fields or "height" in fields:
         fields.pop("aspect_ratio", None)
     return Settings(
@@ -99,13 +101,8 @@ def digest(image: Image.Image) -> str:
 
 
 def encode_settings(settings: Settings) -> str:
-    """The settings as one line of ASCII JSON. Raises InvalidRequest if it exceeds MAX_SETTINGS_BYTES or holds
-    a number that JSON does not have."""
-    try:
-        text = json.dumps(settings.model_dump(mode="json", exclude_none=True), allow_nan=False)
-    except ValueError:
-        allowed = "finite numbers, for settings to be written"
-        raise InvalidRequest.of("extra", settings.request.get("extra"), allowed) from None
+    """The settings as one line of ASCII JSON. Raises InvalidRequest if it exceeds MAX_SETTINGS_BYTES."""
+    text = settings.model_dump_json(exclude_none=True, ensure_ascii=True)
     if len(text) > MAX_SETTINGS_BYTES:
         given = f"given settings of {len(text)} bytes"
         raise InvalidRequest(f"{given}; allowed: at most {MAX_SETTINGS_BYTES} in a file", field="metadata")
@@ -138,9 +135,7 @@ def read_settings(path: str | os.PathLike[str], *, field: str = "like") -> Setti
     try:
         Request.parse(**settings.request)
     except InvalidRequest as error:
-        raise _refuse(
-            given, f"whose settings are wrong at {error.field!r} ({error.message})", field
-        ) from None
+        raise _refuse(given, f"whose settings are wrong at {error.field!r} ({error.message})", field) from None
     return settings
 
 

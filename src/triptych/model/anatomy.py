@@ -32,6 +32,10 @@ class Anatomy:
         """Whether one function outside the recorded methods uses all of these names."""
         return any(used.issuperset(names) for used in self.loop.values())
 
+    def beside(self, name: str) -> frozenset[str]:
+        """Every name that a function outside the recorded methods uses together with this one."""
+        return frozenset().union(*(used for used in self.loop.values() if name in used))
+
     def encodes(self, name: str) -> bool:
         """Whether a recorded method uses this name."""
         return any(name in used for used in self.encoding.values())

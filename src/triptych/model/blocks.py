@@ -40,13 +40,17 @@ _ours = contextvars.ContextVar("triptych_runs_diffusers", default=False)
 
 class _OnlyTheirs(logging.Filter):
     """Drops what diffusers logs while we run it: tracebacks of errors that we raise anyway, one per nesting level,
-    and its notice that guiders are new. What others log through the same loggers passes."""
+    its notice that guiders are new, its doubts when SDXL's own code casts a VAE. What others log passes."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not _ours.get()
 
 
-_NOISY = ("diffusers.modular_pipelines.modular_pipeline", "diffusers.guiders.guider_utils")
+_NOISY = (
+    "diffusers.modular_pipelines.modular_pipeline",
+    "diffusers.guiders.guider_utils",
+    "diffusers.models.modeling_utils",
+)
 _FILTER = _OnlyTheirs()
 
 
@@ -84,10 +88,25 @@ def full_blocks(family: Family, index: Mapping[str, Any]) -> ModularPipelineBloc
     )
     # Some families share block instances between all pipelines of the process; ours get hooks, so they are copies.
     blocks = copy.deepcopy(chosen())
+    for old, new in family.swaps:
+        _swap(blocks, _block_class(old), _block_class(new))
     if family.unguided_fails:
         for leaf in leaves_of(blocks):
             _always_negative(leaf)
     return blocks
+
+
+def _block_class(path: str) -> type[ModularPipelineBlocks]:
+    module, name = path.rsplit(".", 1)
+    return getattr(importlib.import_module(f"diffusers.modular_pipelines.{module}"), name)
+
+
+def _swap(blocks: ModularPipelineBlocks, old: type, new: type[ModularPipelineBlocks]) -> None:
+    for name, block in blocks.sub_blocks.items():
+        if type(block) is old:
+            blocks.sub_blocks[name] = new()
+        else:
+            _swap(block, old, new)
 
 
 def _always_negative(leaf: ModularPipelineBlocks) -> None:

@@ -203,7 +203,9 @@ def _tensors(value: Any, name: str = "") -> Iterator[BoundaryTensor]:
         size = value.numel() * value.element_size()
         yield BoundaryTensor(name, str(value.dtype).removeprefix("torch."), tuple(value.shape), size)
         return
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    items = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    )
     for key, item in items:
         yield from _tensors(item, f"{name}.{key}" if name else str(key))
 
@@ -214,7 +216,8 @@ def _guesses(topology: Topology, stage: StageTopology, request: Request) -> dict
     known = _latents(topology, request)
     return {
         each.name: [
-            known if known and port.name == known.name and each.name == "denoise"
+            known
+            if known and port.name == known.name and each.name == "denoise"
             else BoundaryTensor(port.name, None, None, None)
             for port in each.outputs
         ]

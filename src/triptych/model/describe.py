@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ __all__ = ["describe", "folder_defaults"]
 DENOISERS = ("transformer", "unet", "prior")
 GENERATOR_STATE = "generator_state"
 # Inputs of the blocks that are no person's to give: run-time objects, and tensors that earlier blocks make.
-NOT_REQUESTED = frozenset({"generator", "output_type", "timesteps", "dtype", "batch_size", "latents", "device"})
+NOT_REQUESTED = frozenset(
+    {"generator", "output_type", "timesteps", "dtype", "batch_size", "latents", "device", "padding_mask_crop"}
+)
 DEFAULTS_FILE = "triptych.json"
 
 
@@ -68,7 +71,9 @@ def describe(source: Source, workflow: str | None = None, trust: Trust | None = 
 def _modular_topology(model: _Model, workflow: str | None) -> Topology:
     whole = modular.full_blocks(model.family, model.index)
     native = modular.native_workflows(whole, model.family)
-    lacking = {ours: _lacking(model, modular.workflow_blocks(whole, name)) for ours, name in native.items()}
+    lacking = {
+        ours: _lacking(model, ours, modular.workflow_blocks(whole, name)) for ours, name in native.items()
+    }
     supported = [name for name, missing in lacking.items() if not missing]
     if not supported:
         missing = sorted({name for names in lacking.values() for name in names})
@@ -82,8 +87,9 @@ def _modular_topology(model: _Model, workflow: str | None) -> Topology:
     return _with_facts(model, whole, stages, chosen, tuple(supported), tuple(notes))
 
 
-def _lacking(model: _Model, blocks: Mapping[str, ModularPipelineBlocks]) -> list[str]:
-    """The components that these blocks need and the folder does not have."""
+def _lacking(model: _Model, workflow: str, blocks: Mapping[str, ModularPipelineBlocks]) -> list[str]:
+    """The components that these blocks need and the folder does not have, and modules that are not installed."""
+    modules = [module for name, module in model.family.modules if name == workflow]
     specs = {name: spec for block in blocks.values() for name, spec in _specs(block).items()}
     return [
         name
@@ -91,7 +97,7 @@ def _lacking(model: _Model, blocks: Mapping[str, ModularPipelineBlocks]) -> list
         if spec.default_creation_method == "from_pretrained"
         and name not in model.infos
         and name not in model.family.nullable
-    ]
+    ] + [module for module in modules if importlib.util.find_spec(module) is None]
 
 
 def _specs(block: ModularPipelineBlocks) -> dict[str, Any]:
@@ -106,8 +112,9 @@ def _stages(
     from the workflows that are supported (the whole blocks list those of unsupported ones as well)."""
     run = modular.workflow_blocks(whole, native[workflow] if workflow else None)
     grouped = modular.group(run)
-    wanted = [workflow] if workflow else list(native)
-    needed = {stage: _needed(whole, [native[name] for name in wanted], stage) for stage in STAGES}
+    flat = [modular.workflow_blocks(whole, native[name]) for name in ([workflow] if workflow else native)]
+    needed = {stage: _components(flat, stage) for stage in STAGES}
+    taken = {item.name for blocks in flat for item in modular.joined(blocks.values()).inputs}
     parts = {stage: [run[name] for name in names] for stage, names in grouped.items()}
     ports = _Ports(parts)
     return tuple(
@@ -116,7 +123,7 @@ def _stages(
             blocks=tuple(grouped[stage]),
             loads=_loads(model, stage, needed[stage]),
             reads=_reads(model, stage, needed[stage]),
-            request_inputs=ports.request_inputs(stage),
+            request_inputs=ports.request_inputs(stage, taken),
             inputs=ports.inputs(stage),
             outputs=ports.outputs(stage),
             samples=ports.samples(stage),
@@ -126,10 +133,10 @@ def _stages(
     )
 
 
-def _needed(whole: ModularPipelineBlocks, natives: Iterable[str | None], stage: StageName) -> list[str]:
+def _components(workflows: Iterable[Mapping[str, ModularPipelineBlocks]], stage: StageName) -> list[str]:
+    """The components that any of the workflows lists in this stage."""
     names: dict[str, None] = {}
-    for native in natives:
-        blocks = modular.workflow_blocks(whole, native)
+    for blocks in workflows:
         for block in modular.group(blocks)[stage]:
             names.update(dict.fromkeys(_specs(blocks[block])))
     return list(names)
@@ -206,14 +213,15 @@ class _Ports:
         before = self.outputs(STAGES[place - 1])
         return tuple(Port(port.name, port.tag, port.type_hint, port.name in required) for port in before)
 
-    def request_inputs(self, stage: StageName) -> tuple[InputInfo, ...]:
-        """The fields that a person may give: declared, made by no stage before, and no tensor."""
+    def request_inputs(self, stage: StageName, taken: set[str]) -> tuple[InputInfo, ...]:
+        """The fields that a person may give: declared, made by no stage before, no tensor, and `taken` by one of the
+        workflows (the blocks hold those of unsupported ones as well)."""
         made = {name for other in STAGES[: STAGES.index(stage)] for name in self.made[other]}
         given = [item for item in self.declared[stage] if item.name and _is_requested(item)]
         return tuple(
             InputInfo(item.name, _plain(item.default), bool(item.required), _hint(item), item.description or "")
             for item in given
-            if item.name not in made or item.name in ("height", "width")
+            if item.name in taken and (item.name not in made or item.name in ("height", "width"))
         )
 
 

@@ -41,6 +41,10 @@ class Family:
     """The blocks do not repeat a missing or single negative prompt over several prompts."""
     empty_negative: str = ""
     """What stands for a missing negative prompt."""
+    modules: tuple[tuple[str, str], ...] = ()
+    """Workflows whose blocks import what diffusers does not require: workflow, module."""
+    swaps: tuple[tuple[str, str], ...] = ()
+    """Block classes (of `diffusers.modular_pipelines`) to run instead of others: from, to."""
     outputs_as_prompts: bool = False
     """The blocks make one output per prompt rightly and several wrongly; each prompt is repeated instead."""
     sliced_vae: bool = False
@@ -54,6 +58,14 @@ class Family:
     transformers 5 computes one-dimensional positions (diffusers issue 14194)."""
     fps: float | None = None
 
+
+# The block for inpainting gives 8-bit pictures only, for the sake of padding_mask_crop, which would have pictures cross.
+_PLAIN_OUTPUT = (
+    (
+        "qwenimage.decoders.QwenImageInpaintProcessImagesOutputStep",
+        "qwenimage.decoders.QwenImageProcessImagesOutputStep",
+    ),
+)
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -71,6 +83,7 @@ FAMILIES: tuple[Family, ...] = (
         ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
         "QwenImageModularPipeline",
         patch=2,
+        swaps=_PLAIN_OUTPUT,
         negative_per_prompt=True,
     ),
     Family(
@@ -78,6 +91,7 @@ FAMILIES: tuple[Family, ...] = (
         ("QwenImageEditPipeline", "QwenImageEditInpaintPipeline"),
         "QwenImageEditModularPipeline",
         patch=2,
+        swaps=_PLAIN_OUTPUT,
         negative_per_prompt=True,
         empty_negative=" ",
         multimodal_rope=True,
@@ -143,6 +157,7 @@ FAMILIES: tuple[Family, ...] = (
         ("WanImageToVideoPipeline",),
         "WanImage2VideoModularPipeline",
         patch=2,
+        modules=(("frames2video", "torchvision"),),
         unguided_fails=True,
         fps=16.0,
     ),

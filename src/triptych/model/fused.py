@@ -23,7 +23,7 @@ class FusedProgram:
     def __init__(self, topology: Topology, stage: StageTopology) -> None:
         self.topology = topology
         self.stage = stage
-        self.components: dict[str, Any] = {}
+        self.components: Mapping[str, Any] = {}
         self._pipe: Any = None
 
     def load(self, components: Components, placement: Placement) -> None:

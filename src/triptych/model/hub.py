@@ -5,16 +5,12 @@ Endpoint, token, cache folder and offline mode are huggingface_hub's own setting
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from triptych.errors import LoadError, ModelNotFound, TriptychError
 from triptych.model.topology import Source
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """Configurations, indices and tokenizers. Weights have none of these suffixes."""
@@ -28,7 +24,7 @@ def open_repository(name: str, revision: str | None, offline: bool, code: bool) 
     """
     from huggingface_hub import snapshot_download
 
-    patterns = [*SMALL_FILES, "*.py"] if code else list(SMALL_FILES)
+    patterns: list[str] = [*SMALL_FILES, *(["*.py"] if code else [])]
     try:
         folder = snapshot_download(
             name, revision=revision, allow_patterns=patterns, local_files_only=offline, tqdm_class=_silent_bar()
@@ -75,7 +71,7 @@ def _literal(file: str) -> str:
     return "".join(f"[{letter}]" if letter in "[]*?" else letter for letter in file)
 
 
-def _silent_bar() -> type[tqdm]:
+def _silent_bar() -> Any:
     """A progress bar that shows nothing: small files are not worth one."""
     from huggingface_hub.utils.tqdm import tqdm
 
@@ -101,8 +97,7 @@ def _explained(error: Exception, name: str, revision: str | None, offline: bool)
     if isinstance(error, errors.HFValidationError):
         return ModelNotFound(f"{name!r} is not a hub id: {error}", field="model")
     if isinstance(error, errors.IncompleteSnapshotError):
-        lacking = os.linesep.join(str(error).splitlines()[:1])
-        return ModelNotFound(f"{name}{at} is only partly in the cache: {lacking}", field="model")
+        return ModelNotFound(f"{name}{at} is only partly in the cache: {_first_line(error)}", field="model")
     if isinstance(error, errors.LocalEntryNotFoundError) and (offline or constants.HF_HUB_OFFLINE):
         return ModelNotFound(f"offline, and {name}{at} is not in the cache {constants.HF_HUB_CACHE}", field="model")
     if isinstance(error, errors.LocalEntryNotFoundError):
@@ -110,6 +105,8 @@ def _explained(error: Exception, name: str, revision: str | None, offline: bool)
         return ModelNotFound(
             f"cannot reach {constants.ENDPOINT} ({cause}), and {name}{at} is not in the cache", field="model"
         )
-    return ModelNotFound(
-        f"cannot open {name}{at}: {type(error).__name__}: {str(error).splitlines()[:1]}", field="model"
-    )
+    return ModelNotFound(f"cannot open {name}{at}: {type(error).__name__}: {_first_line(error)}", field="model")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

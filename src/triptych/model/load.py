@@ -15,21 +15,21 @@ from typing import Any, Literal
 
 import torch
 
-from triptych.errors import DeviceError, LoadError, TriptychError, Unsupported
+from triptych.errors import DeviceError, LoadError, NotEnoughMemory, TriptychError, Unsupported
 from triptych.model import processors
 from triptych.model.checkpoint import WeightFiles, read_header, read_json, read_shards
 from triptych.model.index import installed_library
 from triptych.model.infos import prevailing, weights_of
 from triptych.model.open import fetch_weights
 from triptych.model.topology import ComponentInfo, Source
-from triptych.model.trust import Trust
+from triptych.model.trust import NO_TRUST, Trust
 
 __all__ = ["Components", "Placement", "Trust", "component_class", "load_component", "meta_component", "quiet"]
 
 logger = logging.getLogger(__name__)
 
-_loading = threading.RLock()
-"""Loading changes torch's default dtype and both libraries' verbosity, which belong to the whole process."""
+_one_at_a_time = threading.RLock()
+"""Building a model changes torch's default dtype, and `quiet` both libraries' verbosity: the whole process' own."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,11 @@ def load_component(source: Source, spec: ComponentInfo, placement: Placement, tr
     if not folder.is_dir() and source.kind != "hub":
         raise LoadError(f"component {spec.name!r}: no folder {folder}", field="model")
     cls = component_class(source, spec, trust)
-    with _loading, quiet(), _explained(spec, folder):
-        if not issubclass(cls, torch.nn.Module):
+    # Outside of `quiet`: a download shows its progress.
+    weights = checked_weights(source, spec, trust) if issubclass(cls, torch.nn.Module) else None
+    with quiet(), _explained(spec, folder):
+        if weights is None:
             return processors.load_plain(cls, folder)
-        weights = checked_weights(source, spec, trust)
         return _model(cls, folder, weights, placement, trust)
 
 
@@ -113,9 +114,10 @@ def _custom_class(folder: Path, spec: ComponentInfo, config: dict[str, Any]) -> 
     file = f"{module.split('--')[-1]}.py"
     if not (folder / file).is_file():
         raise LoadError(f"component {spec.name!r}: {spec.class_name!r} should be in {folder / file}", field="model")
-    return get_class_from_dynamic_module(
+    found: Any = get_class_from_dynamic_module(
         str(folder), module_file=file, class_name=spec.class_name, local_files_only=True, trust_remote_code=True
     )
+    return found
 
 
 def checked_weights(source: Source, spec: ComponentInfo, trust: Trust) -> WeightFiles:
@@ -167,6 +169,8 @@ def _model(cls: Any, folder: Path, weights: WeightFiles, placement: Placement, t
     _check_fit(model, info)
     try:
         return model.eval().requires_grad_(False).to(placement.device)
+    except torch.OutOfMemoryError as error:
+        raise NotEnoughMemory(f"{placement.device}: {str(error).splitlines()[0]}", field="device") from error
     except (RuntimeError, AssertionError) as error:
         raise DeviceError(f"{placement.device}: {str(error).splitlines()[0]}", field="device") from error
 
@@ -207,14 +211,19 @@ def _mismatch(entry: Any) -> str:
     return f"{name} {' in place of '.join(str(tuple(shape)) for shape in shapes)}".strip()
 
 
-def meta_component(source: Source, spec: ComponentInfo, trust: Trust = Trust()) -> Any:
+def meta_component(source: Source, spec: ComponentInfo, trust: Trust = NO_TRUST) -> Any:
     """The component built from its configuration on the meta device: right in its settings, without any weights. What
     has no weights anyway (a tokenizer, a scheduler) is loaded. Raises LoadError."""
     folder = Path(source.folder) / spec.subfolder
     cls: Any = component_class(source, spec, trust)
-    with _loading, quiet(), _explained(spec, folder):
-        if not issubclass(cls, torch.nn.Module):
+    if not issubclass(cls, torch.nn.Module):
+        with quiet(), _explained(spec, folder):
             return processors.load_plain(cls, folder)
+    return _without_weights(cls, spec, folder)
+
+
+def _without_weights(cls: Any, spec: ComponentInfo, folder: Path) -> torch.nn.Module:
+    with quiet(), _explained(spec, folder):
         if not (folder / "config.json").is_file():
             raise LoadError(f"no config.json in {folder}")
         with torch.device("meta"):
@@ -243,24 +252,36 @@ def _explained(spec: ComponentInfo, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """diffusers and transformers without their progress bars and warnings; both are as they were afterwards."""
+    """diffusers and transformers without their progress bars and warnings, in one thread at a time; both are as they
+    were afterwards."""
     from diffusers.utils import logging as diffusers_log
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging as transformers_log
 
-    logs: tuple[Any, ...] = (diffusers_log, transformers_log)
-    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
-    for log in logs:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
+    with _one_at_a_time:
+        hub_shows_none = are_progress_bars_disabled()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield
+            try:
+                with _hushed(diffusers_log), _hushed(transformers_log):
+                    yield
+            finally:
+                if hub_shows_none:  # transformers switches the hub's bars together with its own
+                    disable_progress_bars()
+
+
+@contextmanager
+def _hushed(log: Any) -> Iterator[None]:
+    """One library's logging module, at its quietest."""
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
     finally:
-        for log, (verbosity, bars) in zip(logs, before, strict=True):
-            log.set_verbosity(verbosity)
-            if bars:
-                log.enable_progress_bar()
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
 
 
 @dataclass
@@ -269,7 +290,7 @@ class Components:
     Stages may ask from several threads."""
 
     source: Source
-    trust: Trust = Trust()
+    trust: Trust = NO_TRUST
     report: Callable[[ComponentInfo, float], None] | None = None
     """Told of each component's loading: the spec and the seconds it took."""
     loaded: dict[str, Any] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from triptych.model import hub
 from triptych.model.index import INDEX_FILES, read_index
 from triptych.model.infos import component_infos, weights_of
 from triptych.model.topology import ComponentInfo, Source
-from triptych.model.trust import Trust
+from triptych.model.trust import NO_TRUST, Trust
 
 __all__ = ["component_infos", "embedded_models", "fetch_weights", "open_model"]
 
@@ -26,7 +26,7 @@ def embedded_models() -> tuple[str, ...]:
     return tuple(sorted(path.name for path in EMBEDDED.iterdir() if (path / INDEX_FILES[0]).is_file()))
 
 
-def open_model(name: str, *, revision: str | None = None, offline: bool = False, trust: Trust = Trust()) -> Source:
+def open_model(name: str, *, revision: str | None = None, offline: bool = False, trust: Trust = NO_TRUST) -> Source:
     """Finds a model: an embedded one's name, a local diffusers folder, or a hub id, in this order.
 
     Of a hub's repository only small files are fetched (no weights); `revision` is a branch, tag or commit there, and

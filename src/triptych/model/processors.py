@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from pathlib import Path
@@ -24,7 +25,7 @@ def load_plain(cls: Any, folder: Path) -> Any:
     if not folder.is_dir() or not any(folder.iterdir()):
         raise LoadError(f"no files in {folder}", field="model")
     if _needs_torchvision(cls):
-        logger.warning("torchvision is not installed: %s resizes images with Pillow", cls.__name__)
+        _say_once(cls.__name__)
         cls = _without_video(cls)
     return cls.from_pretrained(str(folder), local_files_only=True)
 
@@ -33,6 +34,11 @@ def _needs_torchvision(cls: Any) -> bool:
     """Whether it is a processor with a video half, which transformers has for torchvision only, and that is absent."""
     parts = cls.get_attributes() if hasattr(cls, "get_attributes") else ()
     return "video_processor" in parts and importlib.util.find_spec("torchvision") is None
+
+
+@functools.cache
+def _say_once(name: str) -> None:
+    logger.warning("torchvision is not installed: %s resizes images with Pillow", name)
 
 
 def _without_video(cls: Any) -> Any:

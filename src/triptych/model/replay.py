@@ -1,8 +1,8 @@
 """Recording what a pipeline's methods return in one stage, and answering with it in the next.
 
-Recorded values cross as plain data: tensors, numbers, strings, lists, and dicts with one of the keys below for what
-lists and tensors cannot say (a tuple, a model's output, a latent distribution, a picture, a layout in memory). Their skeleton is the same
-with every tensor replaced by its shape and dtype: pure JSON, from which `blank` makes zeros.
+Recorded values cross as plain data: tensors, numbers, strings, lists, tuples, and dicts with one of the keys below for
+what these cannot say (a model's output, a latent distribution, a picture, a layout in memory). Their skeleton
+is the same with every tensor replaced by its shape and dtype: plain values alone, from which `blank` makes zeros.
 """
 
 from __future__ import annotations
@@ -53,10 +53,8 @@ def pack(value: Any) -> Any:
         return {"permuted": value.permute(order), "order": order} if order else value
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, tuple):
-        return {"tuple": [pack(item) for item in value]}
-    if isinstance(value, list):
-        return [pack(item) for item in value]
+    if isinstance(value, list | tuple):
+        return _each(value, pack)
     if isinstance(value, Mapping):
         return {"record": {str(key): pack(item) for key, item in value.items() if key not in UNWANTED}}
     if isinstance(value, Image.Image):
@@ -71,6 +69,12 @@ def pack(value: Any) -> Any:
             "deterministic": getattr(value, "deterministic", False),
         }
     raise Unsupported(f"a {type(value).__module__}.{kind} cannot cross between stages")
+
+
+def _each(items: list[Any] | tuple[Any, ...], change: Callable[[Any], Any]) -> Any:
+    """The changed items, in a list if they were in one, else in a plain tuple."""
+    changed = [change(item) for item in items]
+    return changed if isinstance(items, list) else tuple(changed)
 
 
 def memory_order(tensor: torch.Tensor) -> list[int]:
@@ -106,13 +110,11 @@ def _plain(picture: Image.Image) -> Image.Image:
 
 def unpack(value: Any) -> Any:
     """What `pack` was given, model outputs as Records. Raises WrongPayload for what `pack` cannot have made."""
-    if isinstance(value, list):
-        return [unpack(item) for item in value]
+    if isinstance(value, list | tuple):
+        return _each(value, unpack)
     if not isinstance(value, dict):
         return value
     match value:
-        case {"tuple": list(items)}:
-            return tuple(unpack(item) for item in items)
         case {"record": dict(items)}:
             return Record({key: unpack(item) for key, item in items.items()})
         case {"picture": torch.Tensor() as pixels}:
@@ -131,15 +133,15 @@ def change_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     """Packed data with every tensor changed."""
     if isinstance(value, torch.Tensor):
         return change(value)
-    if isinstance(value, list):
-        return [change_tensors(item, change) for item in value]
+    if isinstance(value, list | tuple):
+        return _each(value, lambda item: change_tensors(item, change))
     if isinstance(value, dict):
         return {key: change_tensors(item, change) for key, item in value.items()}
     return value
 
 
 def skeleton(value: Any) -> Any:
-    """Packed data with every tensor replaced by its shape and dtype: JSON."""
+    """Packed data with every tensor replaced by its shape and dtype."""
     return change_tensors(
         value, lambda tensor: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
     )
@@ -148,8 +150,8 @@ def skeleton(value: Any) -> Any:
 def blank(value: Any, device: torch.device) -> Any:
     """Packed data of a skeleton's shapes: zeros, and ones where they are integers or truth values, so that a mask
     leaves everything in. Raises WrongPayload for an unknown dtype."""
-    if isinstance(value, list):
-        return [blank(item, device) for item in value]
+    if isinstance(value, list | tuple):
+        return _each(value, lambda item: blank(item, device))
     if not isinstance(value, dict):
         return value
     if set(value) != {"shape", "dtype"}:

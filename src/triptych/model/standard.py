@@ -16,8 +16,10 @@ from typing import Any, NoReturn
 import torch
 
 from triptych.errors import Unsupported, WrongPayload
+from triptych.model.anatomy import anatomy
+from triptych.model.husk import husk
 from triptych.model.index import read_index
-from triptych.model.load import Components, Placement, meta_component
+from triptych.model.load import Components, Placement
 from triptych.model.pipeline import Loop, arguments, assemble, own_schedulers, pictures, pipeline_class, view
 from triptych.model.program import Step, TaskInputs, TaskOutputs
 from triptych.model.replay import (
@@ -35,7 +37,7 @@ from triptych.model.replay import (
     unpack,
 )
 from triptych.model.standard_topology import LATENTS, MEDIA, SKELETON, VAE_ENCODE, is_media, standard_topology
-from triptych.model.topology import ComponentInfo, StageTopology, Topology
+from triptych.model.topology import StageTopology, Topology
 
 __all__ = ["StandardProgram", "standard_topology"]
 
@@ -62,21 +64,18 @@ class StandardProgram:
     def __init__(self, topology: Topology, stage: StageTopology) -> None:
         self.topology = topology
         self.stage = stage
-        self.components: dict[str, Any] = {}
+        self.components: Mapping[str, Any] = {}
         self._pipe: Any = None
         self._device = torch.device("cpu")
         self._denoisers = tuple(name for name in topology.stage("denoise").loads if name != "scheduler")
 
     def load(self, components: Components, placement: Placement) -> None:
         """Loads what the stage runs, and the configurations of what it only reads. Raises LoadError."""
-        infos, source = self.topology.components, self.topology.source
+        infos, kind = self.topology.components, pipeline_class(self.topology.pipeline_class)
+        code = anatomy(kind)
         loaded = {name: components.get(infos[name], placement) for name in self.stage.loads}
-        husks = {
-            name: _husk(meta_component(source, infos[name], components.trust), infos[name], placement)
-            for name in self.stage.reads
-        }
-        kind = pipeline_class(self.topology.pipeline_class)
-        self._pipe = assemble(read_index(source).settings, kind, loaded | husks)
+        husks = {name: husk(components, infos[name], placement, code.beside(name)) for name in self.stage.reads}
+        self._pipe = assemble(read_index(self.topology.source).settings, kind, loaded | husks)
         self._device = placement.device
         self.components = loaded
 
@@ -128,7 +127,7 @@ class StandardProgram:
         own.answer_modules(shapes, self._denoisers)
         own.method("vae", "decode", _reached_decode)
         # Kept with the task, since a program holds nothing of any: previews need the shapes seen so far.
-        task.values[_DENOISER] = shapes.runs
+        task.values = {**task.values, _DENOISER: shapes.runs}
         latents = self._until_decode(own, on_step=on_step)
         media = task.values.get(MEDIA, {})
         bones = {
@@ -156,6 +155,8 @@ class StandardProgram:
         if SKELETON not in task.values:
             return self._decode_alone(task, stand_ins)
         bones = task.values[SKELETON]
+        if not (isinstance(bones, dict) and {"encode", MEDIA, _DENOISER, _ORDER} <= bones.keys()):
+            raise WrongPayload("decode needs the shapes that encode and denoise recorded", field=SKELETON)
         media = task.values.get(MEDIA) or blank(bones[MEDIA], self._device)
         own = _Own(self, task, stand_ins, {**{name: unpack(value) for name, value in media.items()}, **task.fields})
         own.answer(Player(blank(bones["encode"], self._device)))
@@ -208,6 +209,7 @@ class _Own:
         self, program: StandardProgram, task: TaskInputs, stand_ins: Mapping[str, Any], fields: Mapping[str, Any]
     ) -> None:
         self.program, self.task, self._fields = program, task, dict(fields)
+        self.view: Any = None
         self._pipe = program._pipe
         self._own = {**self._pipe.components, **stand_ins}
         self._methods: dict[str, Callable[..., Any]] = {}
@@ -284,20 +286,3 @@ def _give(scheduler: Any, latents: torch.Tensor) -> None:
         return unpack({"record": {"prev_sample": latents}}) if return_dict else (latents,)
 
     scheduler.step = step
-
-
-def _husk(module: torch.nn.Module, info: ComponentInfo, placement: Placement) -> torch.nn.Module:
-    """A meta-device module that says it is where, and of the dtype that, the loaded one would be: pipelines ask their
-    components where to compute."""
-    husk = copy.copy(module)
-    anchor = torch.nn.Parameter(torch.empty(0, device=placement.device, dtype=_dtype(info, placement)), False)
-    vars(husk)["_parameters"] = {"anchor": anchor, **module._parameters}
-    return husk
-
-
-def _dtype(info: ComponentInfo, placement: Placement) -> torch.dtype:
-    """The dtype that loading gives."""
-    on_disk = getattr(torch, info.dtype or "", None)
-    if placement.device.type == "cpu" or not (isinstance(on_disk, torch.dtype) and on_disk.is_floating_point):
-        on_disk = torch.float32
-    return placement.dtype or on_disk

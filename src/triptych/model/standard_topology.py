@@ -187,7 +187,9 @@ def _home(model: _Model, name: str) -> StageName:
 def _crossing(model: _Model, homes: Mapping[str, StageName]) -> list[Port]:
     """What encode gives: the recorded methods' values, those of encoders that are called outside of them, the VAE
     encoder's, and the request's pictures, which the pipeline looks at again in denoise."""
-    methods = [name for name in model.code.recorded if model.code.encoding[name] & set(model.weighted) or "prompt" in name]
+    methods = [
+        name for name in model.code.recorded if model.code.encoding[name] & set(model.weighted) or "prompt" in name
+    ]
     ports = [Port(name, type_hint="list", required=name == "encode_prompt") for name in methods]
     loose = [name for name, home in homes.items() if home == "encode" and model.code.mentions(name)]
     ports += [Port(name, type_hint="list") for name in loose]

@@ -11,3 +11,7 @@ class Trust:
 
     pickle_weights: bool = False
     remote_code: bool = False
+
+
+NO_TRUST = Trust()
+"""What holds unless told."""
