@@ -7,6 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1", "0.0.0.0", "::", ""}
 
 
@@ -31,3 +33,11 @@ def pytest_configure() -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     sys.addaudithook(_refuse_network)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the documented commands that no test runs."""
+    from tests.test_docs import EXCEPTIONS
+
+    for command, reason in EXCEPTIONS.items():
+        terminalreporter.write_line(f"documented but not run: {command} ({reason})")

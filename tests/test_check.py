@@ -11,9 +11,7 @@ from triptych.check import _difference, check_model
 
 
 def test_a_sound_split_is_bit_equal() -> None:
-    request = Request.parse(
-        prompt="a cat", width=64, height=64, num_inference_steps=2, max_sequence_length=32, seed=3
-    )
+    request = Request.parse(prompt="a cat", width=64, height=64, num_inference_steps=2, max_sequence_length=32, seed=3)
     report = check_model(str(folder("flux")), request, workflow="text2image")
     assert report.equal and report.first is None
     assert torch.equal(report.split, report.whole)

@@ -102,7 +102,7 @@ def test_documented_commands(document: Path, reader: tuple[Path, dict[str, str]]
 
 def expect(run: list[str], command: Command, here: Path, environment: dict[str, str]) -> None:
     done = subprocess.run(
-        run, cwd=here, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=180
+        run, cwd=here, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
     )
     said = done.stdout + done.stderr
     assert done.returncode == command.code, f"{command.text} ended with {done.returncode}:\n{said[-3000:]}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.runs import (
     Budget,
@@ -111,7 +111,7 @@ class Trainer:
         self.rng = random.Random(seed + 1)
         self.model = build_autoencoder()
         initialise(self.model)
-        self.model.to(device)
+        nn.Module.to(self.model, device)
         self.average = MovingAverage(self.model.parameters(), EMA_DECAY)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4

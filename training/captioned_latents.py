@@ -66,10 +66,8 @@ class LatentTable:
     weights: Tensor
     attributes: Tensor
 
-    def to(self, device: str) -> "LatentTable":
-        return LatentTable(
-            self.scenes, self.latents.to(device), self.weights.to(device), self.attributes.to(device)
-        )
+    def to(self, device: torch.device | str) -> "LatentTable":
+        return LatentTable(self.scenes, self.latents.to(device), self.weights.to(device), self.attributes.to(device))
 
 
 @torch.no_grad()
@@ -131,7 +129,7 @@ class CaptionBatch:
     mask: Tensor | None
     last: Tensor
 
-    def to(self, device: str) -> "CaptionBatch":
+    def to(self, device: torch.device | str) -> "CaptionBatch":
         mask = None if self.mask is None else self.mask.to(device)
         return CaptionBatch(self.rows.to(device), self.ids.to(device), mask, self.last.to(device))
 
@@ -169,9 +167,7 @@ class CaptionStream(IterableDataset[list[CaptionBatch]]):
         captioned.sort(key=lambda pair: len(pair[1]))
         size = self.batch - empty
         batches = [
-            self._collate(
-                captioned[at : at + size] + [(self._draw_row(rng), self.tokens("")) for _ in range(empty)]
-            )
+            self._collate(captioned[at : at + size] + [(self._draw_row(rng), self.tokens("")) for _ in range(empty)])
             for at in range(0, len(captioned), size)
         ]
         rng.shuffle(batches)

@@ -73,10 +73,8 @@ def _single_parts(rng: random.Random, scene: Scene, size: str, full: bool) -> li
         words = f"{SHAPE_COLOUR_NAMES[scene.colour]} {SHAPES[scene.first]}"
     else:
         words = _noun(rng, scene.first)
-    if rng.random() < 0.7:
-        parts = [_free_article(rng, f"{size} {words}".strip())]
-    else:
-        parts = [_free_article(rng, words), size]
+    beside = rng.random() < 0.7
+    parts = [_free_article(rng, f"{size} {words}".strip())] if beside else [_free_article(rng, words), size]
     if full or rng.random() < 0.8:
         parts.append(rng.choice(POSITION_PHRASES[POSITION_NAMES[scene.position]]))
     return [part for part in parts if part]
@@ -94,10 +92,7 @@ def _join(rng: random.Random, parts: list[str]) -> str:
 def free_caption(rng: random.Random, scene: Scene, full: bool = False) -> str:
     """Synonyms and free word order. Unless `full`, attributes may be left out: the model then chooses."""
     size = rng.choice(SIZE_PHRASES[SIZE_NAMES[scene.size]]) if full or rng.random() < 0.7 else ""
-    if scene.kind == PAIR:
-        parts = [_pair_core(rng, scene, size, full)]
-    else:
-        parts = _single_parts(rng, scene, size, full)
+    parts = [_pair_core(rng, scene, size, full)] if scene.kind == PAIR else _single_parts(rng, scene, size, full)
     if full or rng.random() < 0.85:
         parts.append(_background(rng, scene.background))
     text = _join(rng, parts)

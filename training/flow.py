@@ -1,8 +1,5 @@
-"""The emoji denoiser: Qwen-Image's transformer, small, and the short sampler that training probes use."""
+"""The emoji denoiser: Qwen-Image's transformer, small, and the defaults its pictures are made with."""
 
-from collections.abc import Sequence
-
-import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
@@ -11,7 +8,6 @@ from training.text_encoder import WIDTH as TEXT_WIDTH
 from training.vocabulary import PICTURE_SIZE
 
 GRID = PICTURE_SIZE // DOWNSAMPLING // PATCH
-TOKENS = GRID * GRID
 TOKEN_CHANNELS = CHANNELS * PATCH**2
 SHIFT = 3.0
 STEPS = 8
@@ -34,11 +30,9 @@ def build_transformer(width: int = 128, layers: int = 6) -> QwenImageTransformer
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    zeroed = [model.proj_out, model.norm_out.linear]
-    zeroed += [modulation[1] for b in model.transformer_blocks for modulation in (b.img_mod, b.txt_mod)]
-    for module in zeroed:
-        nn.init.zeros_(module.weight)
-        nn.init.zeros_(module.bias)
+    for name, parameter in model.named_parameters():
+        if "_mod." in name or name.startswith(("proj_out.", "norm_out.")):
+            nn.init.zeros_(parameter)
     return model
 
 
@@ -54,41 +48,3 @@ def predict(
         img_shapes=[[(1, GRID, GRID)]] * len(noisy),
         return_dict=False,
     )[0]
-
-
-def shifted_sigmas(steps: int, shift: float = SHIFT) -> list[float]:
-    """The scheduler's noise levels, with the closing zero."""
-    plain = torch.linspace(1, 1 / steps, steps)
-    return [*(shift * plain / (1 + (shift - 1) * plain)).tolist(), 0.0]
-
-
-def guide(conditional: Tensor, empty: Tensor, scale: float) -> Tensor:
-    """True classifier-free guidance with the pipeline's rescaling to the conditional's norm."""
-    combined = empty + scale * (conditional - empty)
-    return combined * (conditional.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
-
-
-@torch.no_grad()
-def sample_tokens(
-    model: QwenImageTransformer2DModel,
-    text: Tensor,
-    mask: Tensor | None,
-    empty: Tensor,
-    noise: Tensor,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-) -> Tensor:
-    """Normalised latents as tokens; `empty` is the encoded empty prompt, (1, tokens, width)."""
-    tokens, sigmas = noise, shifted_sigmas(steps)
-    for now, after in zip(sigmas, sigmas[1:], strict=False):
-        level = torch.full((len(tokens),), now, device=tokens.device)
-        velocity = predict(model, tokens, level, text, mask)
-        nothing = predict(model, tokens, level, empty.expand(len(tokens), -1, -1), None)
-        tokens = tokens + (after - now) * guide(velocity, nothing, guidance)
-    return tokens
-
-
-def seeded_noise(seeds: Sequence[int]) -> Tensor:
-    """One generator per picture, so that a picture does not depend on its batch."""
-    rows = [torch.randn(TOKENS, TOKEN_CHANNELS, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    return torch.stack(rows)

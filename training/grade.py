@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import QwenImagePipeline
@@ -80,11 +81,11 @@ def prompt_sets(count: int) -> dict[str, PromptSet]:
 
 def load_generator(folder: Path, steps: int = STEPS, guidance: float = GUIDANCE) -> Generate:
     """Pictures from the stock pipeline, (n, 3, 64, 64) in -1..1, one seed each."""
-    pipeline = QwenImagePipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = QwenImagePipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
 
     def generate(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        result = pipeline(
+        result: Any = pipeline(
             prompt=list(prompts),
             negative_prompt=[""] * len(prompts),
             true_cfg_scale=guidance,
@@ -144,7 +145,10 @@ def gates_of(figures: dict[str, float]) -> list[Gate]:
         Gate("shapes with colour, %", figures["shapes: shape"], 80, 65),
         Gate(
             "free word order, noun, points under the templates",
-            figures["seen: noun"] - figures["free: noun"], 4, 4, at_most=True,
+            figures["seen: noun"] - figures["free: noun"],
+            4,
+            4,
+            at_most=True,
         ),
         Gate("shuffled prompts, noun, %", figures["shuffled: noun"], 4.6, 4.6, at_most=True),
     ]

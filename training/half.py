@@ -44,4 +44,4 @@ def use_half_products(blocks: nn.Module) -> None:
     """
     for name, module in blocks.named_modules():
         if isinstance(module, nn.Linear) and "_mod." not in name:
-            module.forward = partial(_half_linear, module)
+            vars(module)["forward"] = partial(_half_linear, module)

@@ -38,7 +38,10 @@ class Muon(torch.optim.Optimizer):
         half: bool = False,
     ) -> None:
         defaults: dict[str, Any] = {
-            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps,
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "steps": steps,
         }
         super().__init__(parameters, defaults)
         self.half = half
@@ -46,14 +49,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
             for parameters in by_shape.values():
                 self._update(parameters, group)
 
-    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         gradients = torch.stack([p.grad for p in parameters if p.grad is not None])
         state = self.state[parameters[0]]
         if "momentum" not in state:

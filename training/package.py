@@ -41,9 +41,7 @@ def build_pipeline(work: Path) -> QwenImagePipeline:
     tokens = CaptionTokens(build_tokenizer())
     model = trained_model(work / "transformer.pt", tokens)
     pipeline = QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=1000, shift=SHIFT, use_dynamic_shifting=False
-        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT, use_dynamic_shifting=False),
         vae=load_autoencoder(work / "autoencoder", "cpu"),
         text_encoder=model.text_encoder,
         tokenizer=tokens.tokenizer,
@@ -75,6 +73,8 @@ def main() -> None:
     state = torch.load(arguments.work / "transformer.pt", map_location="cpu", weights_only=False, mmap=True)
     if not arguments.papers_only:
         build_pipeline(arguments.work).save_pretrained(arguments.folder)
+        for path in arguments.folder.rglob("*.safetensors"):
+            path.chmod(0o644)
     grades = json.loads(arguments.grades.read_text(encoding="utf-8")) if arguments.grades else None
     write_papers(arguments.folder, grades, state["seen"])
     print(f"{arguments.folder.name}: {folder_bytes(arguments.folder) / 1e6:.2f} MB, {state['seen']} samples")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.scenes import NONE, PAIR, PAIR_POSITIONS, SHAPE, SINGLE, Renderer, Scene
-from training.vocabulary import BACKGROUNDS, NOUNS, PICTURE_SIZE, POSITIONS, SHAPE_COLOURS, SHAPES, SIZES
+from training.vocabulary import NOUNS, PICTURE_SIZE, POSITIONS, SHAPE_COLOURS, SHAPES, SIZES
 
 TEMPLATE_BLURS = (0.0, 0.8, 1.5)
 REACH = 2
@@ -84,8 +84,13 @@ class Reader:
         """Pictures (n, 3, 64, 64) in -1..1."""
         pictures = (pictures.float().cpu() + 1).clamp(0, 2) / 2
         border = torch.cat(
-            [pictures[..., :2, :].flatten(2), pictures[..., -2:, :].flatten(2),
-             pictures[..., :2].flatten(2), pictures[..., -2:].flatten(2)], 2
+            [
+                pictures[..., :2, :].flatten(2),
+                pictures[..., -2:, :].flatten(2),
+                pictures[..., :2].flatten(2),
+                pictures[..., -2:].flatten(2),
+            ],
+            2,
         )
         measured = border.median(2).values
         backgrounds = (measured[:, None] - self.renderer.backgrounds).norm(dim=2).argmin(1)
@@ -122,10 +127,15 @@ class Reader:
         pad = WINDOW // 2
         padded = F.pad(differences, (pad,) * 4)
         shifts = range(-REACH, REACH + 1)
-        patches = torch.stack([
-            padded[..., y + dy : y + dy + WINDOW, x + dx : x + dx + WINDOW].flatten(1)
-            for x, y in POSITIONS.values() for dy in shifts for dx in shifts
-        ], 1)
+        patches = torch.stack(
+            [
+                padded[..., y + dy : y + dy + WINDOW, x + dx : x + dx + WINDOW].flatten(1)
+                for x, y in POSITIONS.values()
+                for dy in shifts
+                for dx in shifts
+            ],
+            1,
+        )
         match = patches @ templates.T
         gain = (match / energies).clamp(*GAINS)
         explained = 2 * gain * match - gain.square() * energies

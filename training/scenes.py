@@ -94,9 +94,7 @@ def random_scene(rng: random.Random, kind: int) -> Scene:
     if kind == SINGLE:
         return Scene(SINGLE, rng.randrange(len(NOUNS)), NONE, NONE, size, position, background, NONE)
     colours = [c for c in range(len(SHAPE_COLOURS)) if colour_fits(c, background)]
-    return Scene(
-        SHAPE, rng.randrange(len(SHAPES)), NONE, NONE, size, position, background, rng.choice(colours)
-    )
+    return Scene(SHAPE, rng.randrange(len(SHAPES)), NONE, NONE, size, position, background, rng.choice(colours))
 
 
 def draw_scene(rng: random.Random, kind: int, held_out: bool = False) -> Scene:
@@ -120,7 +118,10 @@ def all_seen_shapes() -> list[Scene]:
     scenes = (
         Scene(SHAPE, shape, NONE, NONE, size, position, background, colour)
         for shape, size, position, background, colour in product(
-            range(len(SHAPES)), range(len(SIZES)), range(len(POSITIONS)), range(len(BACKGROUNDS)),
+            range(len(SHAPES)),
+            range(len(SIZES)),
+            range(len(POSITIONS)),
+            range(len(BACKGROUNDS)),
             range(len(SHAPE_COLOURS)),
         )
         if colour_fits(colour, background)

@@ -1,5 +1,7 @@
 """A tiny Qwen2.5-VL as text encoder, and its forward for training."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
@@ -13,7 +15,7 @@ LAYERS = 2
 
 def build_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """0.45M parameters; the vision tower (6k) is there because the class has one, and is never run."""
-    token = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    token: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
@@ -62,11 +64,10 @@ def encode_captions(encoder: Qwen2_5_VLForConditionalGeneration, prefix: Tensor,
     batch, length = ids.shape
     cache = DynamicCache(config=language.config)
     language(input_ids=prefix, past_key_values=cache, use_cache=True)
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         layer.keys = layer.keys.expand(batch, -1, -1, -1)
         layer.values = layer.values.expand(batch, -1, -1, -1)
     start = prefix.shape[1]
     positions = torch.arange(start, start + length, device=ids.device).view(1, 1, -1).expand(3, batch, -1)
-    return language(
-        input_ids=ids, past_key_values=cache, use_cache=True, position_ids=positions
-    ).last_hidden_state
+    return language(input_ids=ids, past_key_values=cache, use_cache=True, position_ids=positions).last_hidden_state

@@ -3,6 +3,7 @@
 import json
 import re
 from functools import cache
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -41,7 +42,7 @@ def closed_word_list() -> list[str]:
     return sorted(words | {word.capitalize() for word in words})
 
 
-def _train_merges(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _train_merges(words: list[str]) -> tuple[dict[str, int], Any]:
     """Byte-pair training over the closed list, so that each listed word ends as one token.
 
     Hand-made left-to-right merges do not give that: merges of other words fire in the middle of a word.

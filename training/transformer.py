@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import multiprocessing
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch.utils.data import DataLoader
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -72,6 +71,8 @@ class Recipe(NamedTuple):
 
 class Emoji(nn.Module):
     """The two models that train together, and the throw-away attribute heads."""
+
+    prefix: Tensor
 
     def __init__(self, recipe: Recipe, tokens: CaptionTokens) -> None:
         super().__init__()
@@ -173,8 +174,12 @@ class Worker:
         """From the current step on; the same whatever the number of loader processes."""
         turn, skip = divmod(self.step, GROUP_BATCHES)
         stream = CaptionStream(
-            self.table.scenes, self.tokens, self.recipe.batch, self.recipe.seed,
-            first_group=turn * self.count + self.index, stride=self.count,
+            self.table.scenes,
+            self.tokens,
+            self.recipe.batch,
+            self.recipe.seed,
+            first_group=turn * self.count + self.index,
+            stride=self.count,
         )
         device = self.table.latents.device
         for group in DataLoader(stream, batch_size=None, num_workers=loaders) if loaders else stream:
@@ -203,7 +208,12 @@ class Trainer:
     """The run's state: models, average, optimizers, data and clock."""
 
     def __init__(
-        self, recipe: Recipe, budget: Budget, work: Path, device: str, autoencoder: AutoencoderKLQwenImage,
+        self,
+        recipe: Recipe,
+        budget: Budget,
+        work: Path,
+        device: str,
+        autoencoder: AutoencoderKLQwenImage,
         workers: int = 1,
     ) -> None:
         self.recipe, self.budget, self.device = recipe, budget, device
@@ -228,9 +238,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = 2e-3 * warm_then_decay(step, share, 50, DECAY_FROM, 0.1)
             batch = next(batches)
-            loss = attribute_loss(
-                self.model, self.model.encode(batch.ids), batch, self.table.attributes[batch.rows]
-            )
+            loss = attribute_loss(self.model, self.model.encode(batch.ids), batch, self.table.attributes[batch.rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -279,8 +287,9 @@ class Trainer:
 
 
 def load_autoencoder(folder: Path, device: str) -> AutoencoderKLQwenImage:
-    model = AutoencoderKLQwenImage.from_pretrained(folder, torch_dtype=torch.float32)
-    return model.to(device).eval()
+    model = AutoencoderKLQwenImage.from_pretrained(folder, dtype=torch.float32)
+    nn.Module.to(model, device)
+    return model.eval()
 
 
 def prepare(arguments: argparse.Namespace) -> Trainer:
@@ -288,9 +297,7 @@ def prepare(arguments: argparse.Namespace) -> Trainer:
     recipe = Recipe(**{name: getattr(arguments, name) for name in Recipe._fields})
     own = arguments.work / "autoencoder"
     autoencoder = load_autoencoder(own if own.exists() else arguments.init / "vae", arguments.device)
-    trainer = Trainer(
-        recipe, budget_of(arguments), arguments.work, arguments.device, autoencoder, arguments.workers
-    )
+    trainer = Trainer(recipe, budget_of(arguments), arguments.work, arguments.device, autoencoder, arguments.workers)
     if trainer.path.exists() and not arguments.fresh:
         trainer.resume()
     elif arguments.init:
@@ -355,7 +362,9 @@ def run(trainer: Trainer, clock: SharedClock, loaders: int = 0) -> None:
         helped = int(clock.helped.sum())
         budget.seen, counted = budget.seen + helped - counted, helped
         clock.fraction.fill_(min(budget.fraction, 0.9999))
-        flow, attributes = 0.99 * flow + 0.01 * float(losses.flow), 0.99 * attributes + 0.01 * float(losses.attributes)
+        keep = min(0.99, trainer.worker.step / (trainer.worker.step + 10))
+        flow = keep * flow + (1 - keep) * float(losses.flow)
+        attributes = keep * attributes + (1 - keep) * float(losses.attributes)
         if budget.elapsed - reported > REPORT_SECONDS:
             reported = budget.elapsed
             rate = (budget.seen - begun[0]) / (budget.elapsed - begun[1])

@@ -12,17 +12,18 @@ from tests.families import folder
 from triptych import check as check_module
 from triptych.check import CheckReport, Difference
 from triptych.cli import main
-from triptych.model import describe, open_model
+from triptych.model import StageName, describe, open_model
 from triptych.request import Request
 
 
 def report(model: str, request: Request, **errors: float) -> CheckReport:
     """A report on a model whose values `latents` and `images` are off by so much."""
-    values = [("denoise", "latents", (1, 4, 2, 2)), ("decode", "images", (1, 3, 16, 16))]
-    differences = tuple(
-        Difference(stage, name, shape, "float32", errors.get(name, 0) == 0, errors.get(name, 0), errors.get(name, 0))
-        for stage, name, shape in values
-    )
+
+    def difference(stage: StageName, name: str, shape: tuple[int, ...]) -> Difference:
+        error = errors.get(name, 0.0)
+        return Difference(stage, name, shape, "float32", error == 0, error, error)
+
+    differences = (difference("denoise", "latents", (1, 4, 2, 2)), difference("decode", "images", (1, 3, 16, 16)))
     pixels = torch.zeros(1)
     loads = {"encode": ("text_encoder",), "denoise": ("transformer",), "decode": ()}
     return CheckReport(describe(open_model(model)), request, loads, differences, {}, pixels, pixels)  # type: ignore

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -16,9 +17,11 @@ import pytest
 from PIL import Image
 
 import triptych
+import triptych.model
 from tests.families import folder
 from triptych.cli import main
-from triptych.decode import read_settings
+from triptych.cli.generation import Opening
+from triptych.decode import Settings, read_settings
 
 FAST = ["--steps", "2", "--width", "32", "--height", "32", "--max-sequence-length", "32", "--device", "cpu"]
 
@@ -102,6 +105,46 @@ def test_like_does_not_take_a_folder_from_the_file(capsys: pytest.CaptureFixture
     os.symlink(folder("flux"), "flux")  # a folder of the name in the file is no better
     assert main(["generate", "--like", "a.png"]) == 2
     assert capsys.readouterr().err.startswith("error: model: given 'flux'; allowed: ")
+
+
+def settings_naming(model: str, source: str) -> Settings:
+    fields = {"triptych": "1", "workflow": "text2image", "output": 0, "request": {"prompt": "x"}, "revision": "abc"}
+    return Settings.model_validate({**fields, "model": model, "source": source})
+
+
+NOTHING_SAID = Opening(None, None, "auto", None, None, False, False, False)
+
+
+def test_like_names_hub_models_and_embedded_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triptych.model, "embedded_models", lambda: ["emoji"], raising=False)
+    opening = NOTHING_SAID.completed(settings_naming("owner/name-1.0", "hub"))
+    assert (opening.model, opening.revision, opening.workflow) == ("owner/name-1.0", "abc", "text2image")
+    assert not opening.allow_pickle and not opening.allow_remote_code
+    assert NOTHING_SAID.completed(settings_naming("emoji", "embedded")).model == "emoji"
+    said = replace(NOTHING_SAID, model="mine").completed(settings_naming("owner/name", "hub"))
+    assert (said.model, said.revision) == ("mine", None)
+
+
+@pytest.mark.parametrize(
+    ("model", "source"),
+    [
+        ("here/model", "hub"),
+        ("../model", "hub"),
+        ("owner/..", "hub"),
+        ("/etc/model", "hub"),
+        ("~/model", "hub"),
+        ("a/b/c", "hub"),
+        ("model", "hub"),
+        ("emoji", "folder"),
+        ("here/model", "embedded"),
+        ("../embedded/emoji", "embedded"),
+    ],
+)
+def test_like_names_no_path(model: str, source: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triptych.model, "embedded_models", lambda: ["emoji"], raising=False)
+    (here / "here" / "model").mkdir(parents=True)
+    with pytest.raises(triptych.InvalidRequest, match=r"^model: .*naming it with -m"):
+        NOTHING_SAID.completed(settings_naming(model, source))
 
 
 def test_no_metadata(capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,6 +123,7 @@ def test_remote_code(refused: Callable[..., str], damaged: Path) -> None:
         (["--negative-prompt", "x"], "negative_prompt: given 'x'; allowed: nothing"),
         (["--num-frames", "5"], "num_frames: given 5; allowed: nothing"),
         (["--sigmas", "1,two"], "sigmas: given '1,two'; allowed: "),
+        (["--sigmas", "1,nan"], "sigmas: given '1,nan'; allowed: "),
         (["--extra", "nothing"], "extra: given 'nothing'; allowed: KEY=JSON"),
         (["--extra", "a=b"], "extra: given 'a=b'; allowed: KEY=JSON"),
         (["--extra", "unknown=1"], "extra: given 'unknown'; allowed: "),
@@ -207,6 +208,22 @@ def test_a_mask_without_a_picture(refused: Callable[..., str], picture: str) -> 
 def test_no_prompt(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "-m", str(folder("flux"))]) == 2
     assert capsys.readouterr().err.startswith("error: prompt: given None; allowed: a text, or --like FILE")
+
+
+def test_what_needs_no_model_costs_no_torch(here: Path, tmp_path: Path) -> None:
+    (tmp_path / "in" / "empty.png").touch()
+    wrong = [["-o", "missing/a.png"], ["--image", str(tmp_path / "in" / "empty.png")], ["--steps", "0"]]
+    code = (
+        "import sys; from triptych.cli import main\n"
+        f"for words in {wrong!r}:\n"
+        "    assert main(['generate', 'x', *words]) == 2\n"
+        "sys.exit(3 if 'torch' in sys.modules else 0)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(triptych.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+    fields = [line.split(":")[1].strip() for line in done.stderr.splitlines()]
+    assert fields == ["output", "image", "num_inference_steps (--steps)"]
 
 
 def test_in_a_process_of_its_own(here: Path, damaged: Path) -> None:

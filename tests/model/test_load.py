@@ -345,6 +345,39 @@ def test_a_head_that_the_class_does_not_have_is_left_out(folder: Path) -> None:
     assert load(folder, "text_encoder").config.vocab_size == 40
 
 
+def written_elsewhere() -> dict[str, tuple[Any, str]]:
+    """Checkpoints as older versions or larger models left them: what was saved, and the class that the index names."""
+    import transformers as t
+
+    t5: dict[str, Any] = {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 20, "num_layers": 1, "num_heads": 2}
+    qwen: dict[str, Any] = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
+    qwen |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    tied = t.Qwen3Config(**qwen, tie_word_embeddings=True)
+    return {
+        "a whole T5": (t.T5ForConditionalGeneration(t.T5Config(**t5)), "T5EncoderModel"),
+        "a whole UMT5": (t.UMT5ForConditionalGeneration(t.UMT5Config(**t5)), "UMT5EncoderModel"),
+        "a tied head": (t.Qwen3ForCausalLM(tied), "Qwen3ForCausalLM"),
+        "a body for a tied head": (t.Qwen3Model(tied), "Qwen3ForCausalLM"),
+    }
+
+
+def test_checkpoints_of_whole_models_serve_their_encoders(folder: Path) -> None:
+    for made, class_name in written_elsewhere().values():
+        made.save_pretrained(folder / "text_encoder")
+        tiny.write_index(folder, text_encoder=["transformers", class_name])
+        table = load(folder, "text_encoder").get_input_embeddings().weight
+        assert torch.equal(table, made.get_input_embeddings().weight)
+
+
+def test_clip_under_its_names_of_old(folder: Path) -> None:
+    model = load(folder, "text_encoder")
+    plain = folder / "text_encoder" / "model.safetensors"
+    renamed = {f"text_model.{name}": tensor for name, tensor in load_file(plain).items()}
+    renamed["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(renamed, plain, metadata={"format": "pt"})
+    assert equal(load(folder, "text_encoder"), model)
+
+
 def test_qwen_vl_survives_its_renaming(folder: Path) -> None:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DiffusionPipeline,
     KandinskyCombinedPipeline,
     StableCascadeCombinedPipeline,
@@ -27,7 +31,20 @@ from triptych.model import Components, Placement, Source, Step, TaskInputs, Topo
 from triptych.model.anatomy import anatomy
 from triptych.model.describe import describe
 from triptych.model.fused import FusedProgram
+from triptych.model.pipeline import Loop, own_schedulers, pictures, view
 from triptych.model.replay import (
+    Blanks,
+    Player,
+    Recorder,
+    Shapes,
+    blank,
+    in_order,
+    memory_order,
+    overridden,
+    pack,
+    skeleton,
+    unpack,
+)
     Blanks,
     Player,
     Recorder,
@@ -48,7 +65,7 @@ from triptych.transfer.payload import decode_payload, encode_payload
 SEED = 5
 CPU = Placement(torch.device("cpu"))
 SPLIT = ("wan2.2-ti2v", "hunyuan-video", "stable-diffusion", "stable-diffusion-img2img", "cogvideox")
-FORCED = ("flux", "wan-i2v", "sdxl")
+FORCED = ("flux", "wan-i2v", "sdxl", "ltx", "flux2-klein")
 """Families with modular blocks, sent through the adapter to show that it knows no family."""
 
 pytestmark = [
@@ -147,6 +164,23 @@ def test_two_prompts_with_two_outputs_each(name: str) -> None:
     made = split(name, family.guidance_scale, **family.two)[0]
     assert len(made) == 4
     assert torch.equal(made, whole(name, **family.two))
+
+
+@pytest.mark.parametrize("name", ["wan2.2-ti2v", "stable-diffusion-img2img", "ltx"])
+def test_in_another_dtype(name: str) -> None:
+    topology, placement = topology_of(name), Placement(torch.device("cpu"), torch.bfloat16)
+    values: dict[str, Any] = {}
+    for stage in topology.stages:
+        program = StandardProgram(topology, stage)
+        program.load(Components(topology.source), placement)
+        values = cross(program.run(inputs_for(program, name, values, FAMILIES[name].guidance_scale), {}).values)
+    fused = FusedProgram(topology, topology.stage("denoise"))
+    fused.load(Components(topology.source), placement)
+    task = TaskInputs(dict(FAMILIES[name].fields), FAMILIES[name].guidance_scale, generator())
+    expected = fused.run(task, {}).values
+    assert values.keys() == expected.keys()
+    assert all(torch.equal(values[key], expected[key]) for key in values)
+    assert not torch.equal(next(iter(values.values())).float(), whole(name))
 
 
 @pytest.mark.parametrize("name", [*SPLIT, "wan-i2v"])
@@ -327,6 +361,12 @@ def test_a_stage_without_what_should_have_crossed_says_so() -> None:
     decode = programs_of("wan2.2-ti2v")["decode"]
     with pytest.raises(WrongPayload, match="latents: decode needs a tensor"):
         decode.run(inputs_for(decode, "wan2.2-ti2v", {}, 5.0), {})
+    crossed = dict(split("wan2.2-ti2v", 5.0)[1]["denoise"])
+    with pytest.raises(WrongPayload, match="skeleton: decode needs the shapes"):
+        decode.run(inputs_for(decode, "wan2.2-ti2v", {**crossed, "skeleton": {}}, 5.0), {})
+    wrong = {**crossed, "latents": crossed["latents"][:, :, :2]}
+    with pytest.raises(WrongPayload, match=r"latents: \(1, 48, 2, 4, 4\) came, decode takes \(1, 48, 3, 4, 4\)"):
+        decode.run(inputs_for(decode, "wan2.2-ti2v", wrong, 5.0), {})
 
 
 def run_fused(name: str, on_step: Callable[[Step], None] | None = None) -> torch.Tensor:
@@ -355,6 +395,69 @@ def test_a_splittable_pipeline_runs_in_one_piece_too(name: str) -> None:
     task = TaskInputs(dict(FAMILIES[name].fields), FAMILIES[name].guidance_scale, generator())
     (made,) = program.run(task, {}).values.values()
     assert torch.equal(made, whole(name))
+
+
+class Inner(DiffusionPipeline):
+    """A denoising loop of its own."""
+
+    def __init__(self, unet: torch.nn.Module, scheduler: DDIMScheduler) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+
+class Combined(DiffusionPipeline):
+    """A pipeline that hands its components to another one inside it."""
+
+    def __init__(self, unet: torch.nn.Module, scheduler: DDIMScheduler) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.inner = Inner(unet, scheduler)
+
+
+def test_a_view_reaches_into_pipelines_inside_pipelines() -> None:
+    pipe = Combined(torch.nn.Linear(1, 1), DDIMScheduler())
+    own = view(pipe, own_schedulers(pipe, None, Loop()))
+    assert own.inner.scheduler is own.scheduler
+    assert own.scheduler is not pipe.scheduler and pipe.inner.scheduler is pipe.scheduler
+    assert own.unet is pipe.unet and own.inner.unet is pipe.unet
+
+
+def test_a_copied_scheduler_steps_by_itself() -> None:
+    pipe = Combined(torch.nn.Linear(1, 1), DDIMScheduler())
+    steps: list[Step] = []
+    ((_, scheduler),) = own_schedulers(pipe, None, Loop(pipe, steps.append))
+    second = deepcopy(scheduler)
+    for other in (scheduler, second):
+        other.set_timesteps(3)
+    second.set_timesteps(7)
+    sample = torch.rand(1, 1, 2, 2)
+    first = int(second.timesteps[0])
+    made = second.step(sample, first, sample, return_dict=False)[0]
+    assert steps == []
+    plain = DDIMScheduler()
+    plain.set_timesteps(7)
+    assert torch.equal(made, plain.step(sample, first, sample, return_dict=False)[0])
+    scheduler.step(sample, int(scheduler.timesteps[0]), sample)
+    assert [(step.index, step.total) for step in steps] == [(0, 3)]
+
+
+@pytest.mark.parametrize(
+    ("result", "makes", "shape"),
+    [
+        ((np.zeros((2, 4, 6, 3), np.float32),), "image", (2, 3, 4, 6)),
+        (([picture(0, 6, 4), picture(1, 6, 4)],), "image", (2, 3, 4, 6)),
+        (([[picture(0, 6, 4)] * 5],), "video", (1, 5, 3, 4, 6)),
+        ((torch.rand(1, 5, 3, 4, 6),), "video", (1, 5, 3, 4, 6)),
+    ],
+)
+def test_any_form_of_result_becomes_a_tensor(result: Any, makes: Any, shape: tuple[int, ...]) -> None:
+    made = pictures(result, makes)
+    assert made.shape == shape and made.dtype == torch.float32 and 0 <= made.min() <= made.max() <= 1
+
+
+def test_a_result_that_is_no_picture_is_refused() -> None:
+    with pytest.raises(Unsupported, match="made no image"):
+        pictures((torch.rand(1, 2),), "image")
 
 
 def test_code_is_read_without_running_it() -> None:
@@ -440,6 +543,16 @@ def test_only_the_outermost_call_is_recorded_and_as_it_was_then() -> None:
     assert torch.equal(replayed(), torch.ones(2))
     with pytest.raises(WrongPayload, match="outer is called more often"):
         replayed()
+
+
+def test_a_replaced_method_keeps_its_signature_and_the_module_its_class() -> None:
+    module = torch.nn.Linear(2, 2)
+    double = overridden(module, forward=lambda *_: "replaced")
+    assert type(double) is torch.nn.Linear and double.weight is module.weight
+    assert list(inspect.signature(double.forward).parameters) == ["input"]
+    given = torch.ones(1, 2)
+    assert double(given) == "replaced"
+    assert isinstance(module(given), torch.Tensor)
 
 
 def test_blanks_follow_the_shapes_that_were_noted() -> None:

@@ -54,8 +54,14 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
 
 def test_gates_follow_their_goals() -> None:
     figures = {
-        "seen: noun": 97.0, "seen: background": 100.0, "seen: position": 98.5, "held-out: noun": 91.0,
-        "pairs: pair": 83.0, "shapes: shape": 81.0, "free: noun": 94.0, "shuffled: noun": 1.0,
+        "seen: noun": 97.0,
+        "seen: background": 100.0,
+        "seen: position": 98.5,
+        "held-out: noun": 91.0,
+        "pairs: pair": 83.0,
+        "shapes: shape": 81.0,
+        "free: noun": 94.0,
+        "shuffled: noun": 1.0,
     }
     missed = [gate.what for gate in gates_of(figures) if not gate.reaches(gate.target)]
     assert missed == ["held-out combinations, noun, %"]

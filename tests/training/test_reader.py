@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.reader import Reader, blur, judge, shares
+from training.reader import Reader, Reading, blur, judge, shares
 from training.scenes import PAIR, SHAPE, SINGLE, Renderer, Scene, draw_scene
 
-COUNTS = {SINGLE: 120, PAIR: 80, SHAPE: 60}
+COUNTS = {SINGLE: 110, PAIR: 60, SHAPE: 50}
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +28,23 @@ def pictures(scenes: list[Scene]) -> Tensor:
     return Renderer()(scenes)
 
 
-def test_real_renders_are_read(reader: Reader, scenes: list[Scene], pictures: Tensor) -> None:
-    figures = shares(scenes, reader(pictures))
+@pytest.fixture(scope="module")
+def readings(reader: Reader, pictures: Tensor) -> list[Reading]:
+    return reader(pictures)
+
+
+def test_real_renders_are_read(scenes: list[Scene], readings: list[Reading]) -> None:
+    figures = shares(scenes, readings)
     assert min(figures.values()) >= 99, figures
 
 
-@pytest.mark.parametrize("sigma", [1.1, 1.5])
-def test_blurred_renders_are_read(
-    reader: Reader, scenes: list[Scene], pictures: Tensor, sigma: float
-) -> None:
+@pytest.mark.parametrize("sigma", [1.5, 1.75])
+def test_blurred_renders_are_read(reader: Reader, scenes: list[Scene], pictures: Tensor, sigma: float) -> None:
     figures = shares(scenes, reader(blur(pictures, sigma)))
     assert min(figures.values()) >= 95, figures
 
 
-def test_shuffled_scenes_are_near_chance(reader: Reader, scenes: list[Scene], pictures: Tensor) -> None:
-    readings = reader(pictures)
+def test_shuffled_scenes_are_near_chance(scenes: list[Scene], readings: list[Reading]) -> None:
     other = [scenes[(i + 1) % COUNTS[SINGLE]] for i in range(COUNTS[SINGLE])]
     assert shares(other, readings[: COUNTS[SINGLE]])["noun"] <= 100 / 64 + 3
 

@@ -46,8 +46,11 @@ def human_bytes(count: float) -> str:
 def hush() -> None:
     """Keeps transformers from telling on standard error, at import, that torchvision is absent: nothing is
     lost by it, and `triptych doctor` lists it. Costs no import of transformers."""
-    logger = logging.getLogger("transformers.utils.import_utils")
-    logger.addFilter(lambda record: "requires torchvision (not installed)" not in record.getMessage())
+    logging.getLogger("transformers.utils.import_utils").addFilter(_worth_telling)
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    return "requires torchvision (not installed)" not in record.getMessage()
 
 
 class Display:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -135,9 +136,12 @@ def parse_numbers(field: str, text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise InvalidRequest.of(field, text, "numbers separated by commas, such as 1,0.75,0.5") from None
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        raise InvalidRequest.of(field, text, "numbers separated by commas, such as 1,0.75,0.5")
+    return numbers
 
 
 def parse_extra(items: Sequence[str]) -> dict[str, Any] | None:

@@ -71,9 +71,7 @@ def describe(source: Source, workflow: str | None = None, trust: Trust | None = 
 def _modular_topology(model: _Model, workflow: str | None) -> Topology:
     whole = modular.full_blocks(model.family, model.index)
     native = modular.native_workflows(whole, model.family)
-    lacking = {
-        ours: _lacking(model, ours, modular.workflow_blocks(whole, name)) for ours, name in native.items()
-    }
+    lacking = {ours: _lacking(model, ours, modular.workflow_blocks(whole, name)) for ours, name in native.items()}
     supported = [name for name, missing in lacking.items() if not missing]
     if not supported:
         missing = sorted({name for names in lacking.values() for name in names})
@@ -123,7 +121,7 @@ def _stages(
             blocks=tuple(grouped[stage]),
             loads=_loads(model, stage, needed[stage]),
             reads=_reads(model, stage, needed[stage]),
-            request_inputs=ports.request_inputs(stage, taken),
+            request_inputs=ports.request_inputs(stage, taken) + _expert_guidance(needed[stage]),
             inputs=ports.inputs(stage),
             outputs=ports.outputs(stage),
             samples=ports.samples(stage),
@@ -131,6 +129,14 @@ def _stages(
         for stage in STAGES
         if grouped[stage]
     )
+
+
+def _expert_guidance(components: Iterable[str]) -> tuple[InputInfo, ...]:
+    """A second expert's own guidance scale, which diffusers takes as a component and not as an input."""
+    if "guider_2" not in components:
+        return ()
+    what = "guidance scale of the second expert; the first's if left out"
+    return (InputInfo("guidance_scale_2", None, False, "float", what),)
 
 
 def _components(workflows: Iterable[Mapping[str, ModularPipelineBlocks]], stage: StageName) -> list[str]:

@@ -59,7 +59,8 @@ class Family:
     fps: float | None = None
 
 
-# The block for inpainting gives 8-bit pictures only, for the sake of padding_mask_crop, which would have pictures cross.
+# The block for inpainting gives 8-bit pictures only, for the sake of padding_mask_crop, which we do not take (it would
+# have pictures cross).
 _PLAIN_OUTPUT = (
     (
         "qwenimage.decoders.QwenImageInpaintProcessImagesOutputStep",

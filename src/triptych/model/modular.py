@@ -57,6 +57,7 @@ class ModularProgram:
         self._pipe: ModularPipeline | None = None
         self._device = torch.device("cpu")
         self._dtype = torch.float32
+        self._inputs: list[Any] = []
         self._running: dict[int, ModularPipeline] = {}
 
     def load(self, components: Components, placement: Placement) -> None:
@@ -74,6 +75,8 @@ class ModularProgram:
             setattr(pipe, name, meta_component(self.topology.source, infos[name]))
         for name, component in self.components.items():
             setattr(pipe, name, component)
+        # Asked before our own blocks are in it, and once: diffusers gathers them anew at every question.
+        self._inputs = blocks.inputs
         for loop in modular.loops_of(blocks):
             loop.set_progress_bar_config(disable=True)
             loop.sub_blocks.insert("triptych_before_step", _BeforeStep(), 0)
@@ -175,7 +178,7 @@ class ModularProgram:
         for port in self.stage.inputs:
             if port.type_hint == "dtype" and isinstance(values.get(port.name), str):
                 values[port.name] = getattr(torch, values[port.name].removeprefix("torch."))
-        for item in self._stage_inputs():
+        for item in self._inputs:
             if item.name is None:
                 continue
             value = values.get(item.name, given.get(item.name))
@@ -187,11 +190,6 @@ class ModularProgram:
                 if tag != CHANNELS_LAST and name in values and name not in state.kwargs_mapping.get(tag, ()):
                     state.set(name, values[name], tag)
         return state
-
-    @functools.cache  # noqa: B019 (one entry, as long as the program)
-    def _stage_inputs(self) -> list[Any]:
-        assert self._pipe is not None
-        return self._pipe._blocks.inputs
 
     def _explain(self, error: ValueError) -> None:
         """Names the input that a block misses. Which inputs are required depends on the branches that are taken, so

@@ -161,25 +161,24 @@ class StandardProgram:
         own = _Own(self, task, stand_ins, {**{name: unpack(value) for name, value in media.items()}, **task.fields})
         own.answer(Player(blank(bones["encode"], self._device)))
         own.answer_modules(Blanks(bones[_DENOISER], self._device), self._denoisers)
-        vae = own.component("vae")
-        own.method("vae", "decode", _decode_instead(vae.decode, self._latents(task, vae)))
+        own.method("vae", "decode", _decode_instead(own.component("vae").decode, self._latents(task)))
         made = pictures(own.call(None), self.topology.makes)
         return {"videos" if self.topology.makes == "video" else "images": made}
 
     def _decode_alone(self, task: TaskInputs, stand_ins: Mapping[str, Any]) -> dict[str, Any]:
         """Latents without the rest of a job: the VAE alone, and its range of -1…1 brought to 0…1."""
         vae = {**self.components, **stand_ins}["vae"]
-        made = (vae.decode(self._latents(task, vae), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        made = (vae.decode(self._latents(task).to(vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
         if self.topology.makes == "video":
             return {"videos": made.transpose(1, 2)}
         return {"images": made}
 
-    def _latents(self, task: TaskInputs, vae: Any) -> torch.Tensor:
+    def _latents(self, task: TaskInputs) -> torch.Tensor:
         latents = task.values.get(LATENTS)
         if not isinstance(latents, torch.Tensor):
             raise WrongPayload("decode needs a tensor", field=LATENTS)
         order = task.values.get(SKELETON, {}).get(_ORDER, [])
-        return in_order(self._own_copy(latents).to(vae.dtype), order)
+        return in_order(self._own_copy(latents), order)
 
     def _recorded(self, task: TaskInputs) -> dict[str, Any]:
         """What encode recorded, on this stage's device."""
@@ -263,20 +262,32 @@ def _reached_denoiser(*_: Any, **__: Any) -> NoReturn:
     raise _Stop("denoiser")
 
 
-def _reached_decode(latents: torch.Tensor, *_: Any, **__: Any) -> NoReturn:
-    raise _Decoding(latents)
+def _reached_decode(*args: Any, **kwargs: Any) -> NoReturn:
+    raise _Decoding(_taken_apart(args, kwargs)[0])
 
 
 def _decode_instead(real: Callable[..., Any], latents: torch.Tensor) -> Callable[..., Any]:
-    """A decode that decodes `latents` in place of whatever it is given, once."""
+    """A decode that decodes `latents` in place of what it is given, once."""
     left = [latents]
 
-    def decode(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def decode(*args: Any, **kwargs: Any) -> Any:
         if not left:
             raise Unsupported("this pipeline decodes more than once: it cannot be split")
-        return real(left.pop(), *args, **kwargs)
+        given, rest, named = _taken_apart(args, kwargs)
+        own = left.pop()
+        if own.shape != given.shape:
+            raise WrongPayload(f"{tuple(own.shape)} came, decode takes {tuple(given.shape)}", field=LATENTS)
+        return real(own.to(given.dtype), *rest, **named)
 
     return decode
+
+
+def _taken_apart(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """A call of decode as its latents, which come first (named or not), and the rest."""
+    if args:
+        return args[0], args[1:], dict(kwargs)
+    (_, latents), *named = kwargs.items()
+    return latents, (), dict(named)
 
 
 def _give(scheduler: Any, latents: torch.Tensor) -> None:

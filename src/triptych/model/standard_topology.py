@@ -291,7 +291,7 @@ def _patch(model: _Model, channels: int) -> int:
     """Latents per token along a side: the transformer's patches, or 2 where the pipeline packs 2 × 2 into channels."""
     if channels and model.denoiser.get("in_channels") == 4 * channels:
         return 2
-    patch = model.denoiser.get("patch_size") or 1
+    patch = model.denoiser.get("patch_size") or model.denoiser.get("all_patch_size") or 1
     return int(patch[-1] if isinstance(patch, list | tuple) else patch)
 
 
