@@ -17,8 +17,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.families import folder
-
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -71,6 +69,9 @@ def python_of(document: Path) -> str:
 @pytest.fixture
 def reader(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """A reader's working folder and environment: `triptych` on the PATH, no hub."""
+    # Not at the top: the test summary imports this module, and is no reason to pay for diffusers.
+    from tests.families import folder
+
     here, bin_folder = tmp_path / "here", tmp_path / "bin"
     here.mkdir()
     bin_folder.mkdir()

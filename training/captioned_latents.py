@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKLQwenImage
@@ -27,8 +28,6 @@ from training.vocabulary import BACKGROUNDS, NOUNS, POSITIONS, SHAPE_COLOURS, SH
 
 GROUP_BATCHES = 8
 EMPTY_SHARE = 0.1
-FULL_SHARE = 0.4
-KIND_SHARES = (0.45, 0.40, 0.15)
 FOREGROUND_WEIGHT = 4.0
 FOREGROUND_CHANGE = 0.25
 # What the text encoder's last token must know; an extra class stands for "does not apply".
@@ -134,6 +133,17 @@ class CaptionBatch:
         return CaptionBatch(self.rows.to(device), self.ids.to(device), mask, self.last.to(device))
 
 
+class Mix(NamedTuple):
+    """How often each kind of scene (single, pair, shape) is drawn, and how often a caption names everything."""
+
+    kinds: tuple[float, float, float] = (0.45, 0.40, 0.15)
+    full: float = 0.4
+
+
+# Which thing of a pair is meant by "right of" is the hard part of the text, and cheap to learn without pictures.
+TEXT_MIX = Mix((0.2, 0.7, 0.1), 0.7)
+
+
 class CaptionStream(IterableDataset[list[CaptionBatch]]):
     """Groups of batches of like-long captions. Group k depends on (seed, k) alone: resuming is starting at k,
     and loader processes that take turns give the same order as none."""
@@ -146,9 +156,10 @@ class CaptionStream(IterableDataset[list[CaptionBatch]]):
         seed: int,
         first_group: int = 0,
         stride: int = 1,
+        mix: Mix = Mix(),  # noqa: B008 - immutable
     ) -> None:
         self.scenes, self.tokens, self.batch, self.seed = scenes, tokens, batch, seed
-        self.first_group, self.stride = first_group, stride
+        self.first_group, self.stride, self.mix = first_group, stride, mix
         self.rows_of = [[row for row, scene in enumerate(scenes) if scene.kind == kind] for kind in KINDS]
         self.suffix_length = len(tokens.suffix)
 
@@ -174,11 +185,11 @@ class CaptionStream(IterableDataset[list[CaptionBatch]]):
         return batches
 
     def _draw_row(self, rng: random.Random) -> int:
-        return rng.choice(self.rows_of[rng.choices(KINDS, KIND_SHARES)[0]])
+        return rng.choice(self.rows_of[rng.choices(KINDS, self.mix.kinds)[0]])
 
     def _draw(self, rng: random.Random) -> tuple[int, list[int]]:
         row = self._draw_row(rng)
-        caption = free_caption(rng, self.scenes[row], full=rng.random() < FULL_SHARE)
+        caption = free_caption(rng, self.scenes[row], full=rng.random() < self.mix.full)
         return row, self.tokens(caption)
 
     def _collate(self, pairs: list[tuple[int, list[int]]]) -> CaptionBatch:

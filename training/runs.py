@@ -66,13 +66,13 @@ class MovingAverage:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.live], 1 - decay)
 
-    @torch.no_grad()
     def swap(self) -> None:
-        """Exchange live and averaged values: before a probe, and again after it."""
-        for live, average in zip(self.live, self.average, strict=True):
-            held = live.detach().clone()
-            live.copy_(average)
-            average.copy_(held)
+        """Exchange live and averaged parameters: before a probe, and again after it.
+
+        Storage changes hands, not values: other processes go on training the shared live parameters meanwhile.
+        """
+        for index, live in enumerate(self.live):
+            live.data, self.average[index] = self.average[index], live.data
 
 
 def save_checkpoint(path: Path, budget: Budget, step: int, rng: random.Random, parts: dict[str, Any]) -> None:

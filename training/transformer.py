@@ -23,6 +23,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from training.captioned_latents import (
     ATTRIBUTES,
     GROUP_BATCHES,
+    TEXT_MIX,
     CaptionBatch,
     CaptionStream,
     LatentTable,
@@ -44,15 +45,15 @@ from training.scenes import Renderer
 from training.text_encoder import WIDTH, build_text_encoder, encode_captions
 from training.tokenizer import CaptionTokens, build_tokenizer
 
-EMA_DECAY = 0.998
-ATTRIBUTE_WEIGHT = 0.05
+EMA_DECAY = 0.996
+ATTRIBUTE_WEIGHT = 0.5
 SIGMA_CENTRE = 1.0
 UNIFORM_SIGMA_SHARE = 0.1
 WARM_UP_STEPS = 150
 DECAY_FROM = 0.5
 LOWEST_RATE = 0.02
 SAVE_SECONDS = 120.0
-REPORT_SECONDS = 30.0
+REPORT_SECONDS = 60.0
 VALIDATION_GROUP = 10**9
 
 
@@ -166,7 +167,7 @@ class Worker:
     ) -> None:
         self.model, self.table, self.recipe, self.tokens = model, table, recipe, tokens
         self.index, self.count = place
-        self.optimizers, self.step = optimizers_for(model, recipe), 0
+        self.optimizers, self.step, self.warm_from = optimizers_for(model, recipe), 0, 0
         if table.latents.device.type == "cpu" and has_fast_bfloat16():
             use_half_products(model.transformer.transformer_blocks)
 
@@ -189,7 +190,7 @@ class Worker:
 
     def train_step(self, batch: CaptionBatch, fraction: float) -> Losses:
         """One update; `fraction` is how much of the run has passed, which sets the learning rate."""
-        factor = warm_then_decay(self.step, fraction, WARM_UP_STEPS, DECAY_FROM, LOWEST_RATE)
+        factor = warm_then_decay(self.step - self.warm_from, fraction, WARM_UP_STEPS, DECAY_FROM, LOWEST_RATE)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -231,7 +232,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             [p for p in parameters if p.requires_grad], lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01
         )
-        stream = CaptionStream(self.table.scenes, self.tokens, 64, self.recipe.seed + 1)
+        stream = CaptionStream(self.table.scenes, self.tokens, 64, self.recipe.seed + 1, mix=TEXT_MIX)
         batches = (batch.to(self.device) for group in stream for batch in group)
         for step in range(self.recipe.text_steps):
             share = step / self.recipe.text_steps
@@ -300,6 +301,8 @@ def prepare(arguments: argparse.Namespace) -> Trainer:
     trainer = Trainer(recipe, budget_of(arguments), arguments.work, arguments.device, autoencoder, arguments.workers)
     if trainer.path.exists() and not arguments.fresh:
         trainer.resume()
+        if arguments.teach_text:
+            trainer.pretrain_text()
     elif arguments.init:
         trainer.model.load_package(arguments.init)
         trainer.average = MovingAverage(trainer.model.shipped_parameters(), EMA_DECAY)
@@ -316,8 +319,8 @@ class SharedClock:
     helped: Tensor
 
     @classmethod
-    def for_helpers(cls, helpers: int) -> "SharedClock":
-        return cls(torch.zeros(1).share_memory_(), torch.zeros(helpers, dtype=torch.long).share_memory_())
+    def start(cls, helpers: int, fraction: float) -> "SharedClock":
+        return cls(torch.tensor([fraction]).share_memory_(), torch.zeros(helpers, dtype=torch.long).share_memory_())
 
 
 def help_training(
@@ -327,7 +330,8 @@ def help_training(
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     worker = Worker(model, table, recipe, CaptionTokens(build_tokenizer()), place)
-    worker.step = step
+    # Its momentum starts at nothing, also when the run is a resumed one.
+    worker.step = worker.warm_from = step
     batches = worker.batches()
     parent = os.getppid()
     while (fraction := float(clock.fraction)) < 1.0 and os.getppid() == parent:
@@ -339,7 +343,7 @@ def help_training(
 def start_helpers(trainer: Trainer, workers: int) -> SharedClock:
     """One single-threaded process per further core: on a shared machine two threads wait for the slower one
     at every operation, two processes never wait. Gradients are at most a step old, which training tolerates."""
-    clock = SharedClock.for_helpers(workers - 1)
+    clock = SharedClock.start(workers - 1, trainer.budget.fraction)
     trainer.model.share_memory()
     table = trainer.table
     for tensor in (table.latents, table.weights, table.attributes):
@@ -395,6 +399,7 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, default=1, help="single-threaded processes on shared parameters; CPU only"
     )
+    parser.add_argument("--teach-text", action="store_true", help="after resuming, train the text encoder alone first")
     parser.add_argument("--loaders", type=int, default=0, help="caption processes; a GPU needs about 8")
     for name, kind in Recipe.__annotations__.items():
         if name != "seed":

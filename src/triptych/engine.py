@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -164,7 +164,7 @@ class Engine:
         """Runs a request to its end. Raises what it fails with."""
         return self.submit(request).result()
 
-    def stream(self, request: Request, *, preview: bool = False) -> Iterator[Progress | Result]:
+    def stream(self, request: Request, *, preview: bool = False) -> Generator[Progress | Result, None, None]:
         """Yields Progress as it happens, then the Result. Leaving the iteration early cancels the job."""
         job = self.submit(request, preview=preview)
         try:
@@ -179,7 +179,7 @@ class Engine:
                 return event
         raise AssertionError("a job ends with its result or an error")
 
-    async def astream(self, request: Request, *, preview: bool = False) -> AsyncIterator[Progress | Result]:
+    async def astream(self, request: Request, *, preview: bool = False) -> AsyncGenerator[Progress | Result, None]:
         """`stream` for asyncio."""
         job = await asyncio.to_thread(self.submit, request, preview=preview)
         events = job.events()

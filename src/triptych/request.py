@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from triptych.errors import InvalidRequest
 
@@ -46,7 +46,7 @@ class Request(BaseModel):
     num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     shift: float | None = Field(None, gt=0, le=100, allow_inf_nan=False)
-    sigmas: tuple[float, ...] | None = Field(None, min_length=1, max_length=MAX_STEPS)
+    sigmas: tuple[FiniteFloat, ...] | None = Field(None, min_length=1, max_length=MAX_STEPS)
     seed: int | None = Field(None, ge=0, lt=2**63)
     num_outputs: int = Field(1, ge=1, le=MAX_OUTPUTS)
     strength: float | None = Field(None, gt=0, le=1)

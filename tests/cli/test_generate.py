@@ -51,6 +51,15 @@ def test_prints_the_path_and_tells_the_progress(here: Path, capsys: pytest.Captu
     assert [path.name for path in here.iterdir()] == ["cat.png"]
 
 
+def test_the_embedded_model_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a cat left of a zorgle", "--seed", "1", "-o", "a.png", "--device", "cpu", "-q"]) == 0
+    assert capsys.readouterr().err.startswith("warning: this model does not know the word 'zorgle'")
+    assert read_settings("a.png").source == "embedded"
+    assert main(["generate", "--like", "a.png", "-o", "b.png", "--device", "cpu", "-q"]) == 0
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    assert pixels("a.png").std() > 10, "a picture of something"
+
+
 def test_quiet_prints_the_path_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert generate("a cat", "-o", "cat.png", "-q") == 0
     printed = capsys.readouterr()

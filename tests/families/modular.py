@@ -1,5 +1,8 @@
 """Tiny models of the families that run from Modular Diffusers' blocks."""
 
+# diffusers annotates tuples of any length as tuples of one, and schedulers as an enumeration.
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import importlib.util

@@ -1,5 +1,8 @@
 """Tiny text encoders, autoencoders and schedulers that several families share."""
 
+# diffusers annotates tuples of any length as tuples of one, and schedulers as an enumeration.
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 from typing import Any

@@ -7,7 +7,7 @@ import string
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast
+from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 CORPUS = [
     "a photo of a cat and a dog running on the beach at sunset, high quality, 4k",
@@ -41,7 +41,7 @@ def _trained(tokenizer: Tokenizer, trainer: Any, corpus: list[str]) -> dict[str,
     return json.loads(tokenizer.to_str())["model"]
 
 
-def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
+def _pairs(merges: list[Any]) -> Any:
     return [(merge[0], merge[1]) for merge in (m if isinstance(m, list) else m.split(" ") for m in merges)]
 
 
@@ -58,7 +58,7 @@ def clip() -> CLIPTokenizer:
     for token in (*alphabet, *(f"{char}</w>" for char in alphabet)):
         vocabulary[token] = len(vocabulary)
     merges = [(a, b) for a, b in _pairs(found["merges"]) if a in vocabulary or a in found["vocab"]]
-    kept = []
+    kept: Any = []
     for a, b in merges:
         if a in vocabulary and b in vocabulary:
             kept.append((a, b))
@@ -68,13 +68,13 @@ def clip() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=kept, model_max_length=77)
 
 
-def t5() -> T5TokenizerFast:
+def t5() -> T5Tokenizer:
     """A unigram tokenizer with T5's special tokens. Written down, not trained: training one is not reproducible."""
     words = sorted({word for text in CORPUS for word in text.split()})
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     vocabulary += [(f"▁{word}", -5.0 - 0.01 * rank) for rank, word in enumerate(words)]
     vocabulary += [(char, -12.0) for char in string.printable.strip()]
-    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
 
 
 def qwen() -> Qwen2Tokenizer:

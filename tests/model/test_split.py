@@ -23,6 +23,9 @@ from triptych.stage import StageTask
 from triptych.transfer import Payload
 from triptych.worker import StageProcess, StageSpec
 
+# diffusers' Euler scheduler hands a tensor to NumPy the old way.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
 GOLDEN = Path(__file__).parent / "golden"
 MEDIA = ("images", "videos")
 TOLERANCE = 1e-5
@@ -86,7 +89,8 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, ...]]]:
     """Collects the table's rows and prints it at the end."""
     found: list[tuple[str, ...]] = []
     yield found
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+    capture: Any = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
         print(f"\n\n{'family':<42} | split = unsplit | max error to standard")
         for row in found:
             print(f"{row[0]:<42} | {row[1]:<15} | {row[2]}")
@@ -138,9 +142,11 @@ def test_split_is_unsplit(case: Case, processes: Processes, rows: list[tuple[str
     crossed = processes.run(case, topology)
     split, reference = media(crossed["decode"].values), media(whole(case, topology))
     equal = torch.equal(split, reference)
-    standard = standard_result(case, topology).reshape(split.shape)
-    error = (split - standard).abs().max().item()
-    rows.append((case.name, "bit for bit" if equal else "DIFFERS", f"{error:.1e}"))
+    error = 0.0
+    if case.standard is not None:
+        error = (split - standard_result(case, topology).reshape(split.shape)).abs().max().item()
+    shown = f"{error:.1e}" if case.standard is not None else "does something else"
+    rows.append((case.name, "bit for bit" if equal else "DIFFERS", shown))
     assert split.isfinite().all() and split.std() > 0.01
     assert equal
     assert error <= TOLERANCE
@@ -165,7 +171,7 @@ of guidance; what they are compared to in `test_split_is_unsplit` has the same."
 def test_unsplit_is_diffusers_own(case: Case) -> None:
     if case.family in MENDED:
         pytest.skip("differs from diffusers as it comes, on purpose")
-    pipe = ModularPipeline.from_pretrained(str(folder(case.family)))
+    pipe: Any = ModularPipeline.from_pretrained(str(folder(case.family)))
     pipe.load_components()
     second = case.fields.get("guidance_scale_2", case.guidance_scale)
     scales = {"guider": case.guidance_scale, "guider_2": second}

@@ -45,17 +45,6 @@ from triptych.model.replay import (
     skeleton,
     unpack,
 )
-    Blanks,
-    Player,
-    Recorder,
-    Shapes,
-    blank,
-    in_order,
-    memory_order,
-    pack,
-    skeleton,
-    unpack,
-)
 from triptych.model.standard import StandardProgram
 from triptych.model.standard_topology import standard_topology
 from triptych.stage import Failed, Output, StageTask

@@ -1,5 +1,7 @@
 """Both trainers resume: an interrupted run ends exactly where an uninterrupted one does."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,17 @@ def test_transformer_resumes(tmp_path: Path, untrained: AutoencoderKLQwenImage) 
     assert second.budget.seen == whole.budget.seen == 12
     assert same(whole.model, second.model)
     assert all(map(torch.equal, whole.average.average, second.average.average))
+
+
+@pytest.mark.slow
+def test_helpers_train_with_the_first_process(tmp_path: Path, untrained: AutoencoderKLQwenImage) -> None:
+    untrained.save_pretrained(tmp_path / "autoencoder")
+    tiny = "--width 64 --layers 1 --batch 4 --pairs 20 --text-steps 1"
+    command = f"{sys.executable} -m training.transformer --work {tmp_path} --workers 2 --samples 256 {tiny}"
+    subprocess.run(command.split(), check=True, timeout=300)
+    state = torch.load(tmp_path / "transformer.pt", weights_only=False)
+    assert state["seen"] >= 256
+    assert state["step"] * 4 < state["seen"], "the helper has done nothing"
 
 
 def test_stills_equal_the_stock_decoder(untrained: AutoencoderKLQwenImage) -> None:

@@ -57,6 +57,12 @@ def test_every_shape_crosses(tensor: torch.Tensor) -> None:
     assert torch.equal(across(Payload({"x": tensor})).values["x"], tensor)
 
 
+def test_the_layout_in_memory_crosses() -> None:
+    tensor = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    got = across(Payload({"x": tensor})).values["x"]
+    assert torch.equal(got, tensor) and got.stride() == tensor.stride()
+
+
 def test_nested_values_and_tags_cross() -> None:
     values = {
         "shapes": [[(1, 8, 8)]],
@@ -101,6 +107,7 @@ def test_a_flipped_byte_is_found() -> None:
         ({"tensors": [["float32", [1 << 40], 0, 4, b""]]}, "cannot have"),
         ({"tensors": [["float32", [1], 1 << 40, 4, b""]]}, "outside"),
         ({"tensors": [["float32", [-1], 0, 4, b""]]}, "impossible"),
+        ({"tensors": [["float32", [1], 0, 4, b"", [1]]]}, "impossible order"),
         ({"tensors": [["object", [1], 0, 4, b""]]}, "unknown dtype"),
         ({"values": {"x": msgspec.msgpack.Ext(9, b"")}}, "unknown kind"),
         ({"values": {"x": msgspec.msgpack.Ext(1, b"\xff\xff")}}, "unreadable"),

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from triptych.model import ComponentInfo, StageTopology, Topology
-    from triptych.model.boundary import BoundaryTensor
+    from triptych.model import BoundaryTensor, ComponentInfo, StageTopology, Topology
 
 __all__ = ["inspect"]
 
@@ -40,8 +39,7 @@ def inspect(
 
     Reads configurations and file headers, no weights. Of a hub model only small files are fetched.
     """
-    from triptych.model import Trust, describe, open_model
-    from triptych.model.boundary import boundary
+    from triptych.model import Trust, boundary, describe, open_model
     from triptych.request import Request
 
     # A size asked for is checked before a model is looked at.
@@ -65,7 +63,7 @@ _Size = tuple[int | None, int | None, int | None]
 
 
 def _findings(topology: Topology, crossing: dict[str, list[BoundaryTensor]], size: _Size) -> dict[str, Any]:
-    from triptych.model.boundary import SAMPLE_PROMPT
+    from triptych.model import SAMPLE_PROMPT
 
     found = asdict(topology)
     for stage, part in zip(found["stages"], topology.stages, strict=True):

@@ -8,12 +8,11 @@ import torch
 
 from triptych.decode.media import to_uint8
 from triptych.errors import WrongPayload
-from triptych.stage import GatherStage
+from triptych.stage import GatherStage, Live
 from triptych.transfer import Payload
 
 if TYPE_CHECKING:
     from triptych.model import TaskOutputs
-    from triptych.stage.gathered import Live
 
 
 class DecodeStage(GatherStage):
@@ -25,7 +24,7 @@ class DecodeStage(GatherStage):
 
 
 class FusedStage(DecodeStage):
-    """A pipeline that no topology can split, whole in one stage: its steps are denoising steps, its payload pictures."""
+    """A pipeline that no topology can split, whole in one stage: denoising steps, then pictures as payload."""
 
 
 def pictures(payload: Payload, raw: bool = False) -> Payload:

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from triptych.stage import ControlResult, GatherStage, Order, UsePreview
+from triptych.stage import ControlResult, GatherStage, Live, Order, UsePreview
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
     from triptych.model import Step
-    from triptych.stage.gathered import Live
 
 
 class DenoiseStage(GatherStage):

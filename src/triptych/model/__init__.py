@@ -11,6 +11,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from triptych.model.boundary import SAMPLE_PROMPT, BoundaryTensor, boundary
     from triptych.model.describe import describe
     from triptych.model.load import Components, Placement, load_component, meta_component
     from triptych.model.open import component_infos, embedded_models, open_model
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from triptych.model.unsplit import unsplit
 
 _HOMES = {
+    "boundary": ("SAMPLE_PROMPT", "BoundaryTensor", "boundary"),
     "describe": ("describe",),
     "load": ("Components", "Placement", "load_component", "meta_component"),
     "open": ("component_infos", "embedded_models", "open_model"),
@@ -53,7 +55,9 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "SAMPLE_PROMPT",
     "STAGES",
+    "BoundaryTensor",
     "ComponentInfo",
     "Components",
     "Defaults",
@@ -69,6 +73,7 @@ __all__ = [
     "TaskOutputs",
     "Topology",
     "Trust",
+    "boundary",
     "component_infos",
     "describe",
     "embedded_models",

@@ -24,11 +24,13 @@ from triptych.model.topology import STAGES, Source, StageName
 __all__ = [
     "full_blocks",
     "group",
+    "inputs_of",
     "joined",
     "leaves_of",
     "loops_of",
     "make_pipeline",
     "native_workflows",
+    "outputs_of",
     "quiet",
     "read_index",
     "select",
@@ -128,9 +130,10 @@ def _always_negative(leaf: ModularPipelineBlocks) -> None:
 
 def native_workflows(blocks: ModularPipelineBlocks, family: Family) -> dict[str, str | None]:
     """Our workflow names with diffusers' (None where the blocks know one workflow only and do not name it)."""
-    if not blocks._workflow_map:
+    known: Any = blocks._workflow_map
+    if not known:
         return {family.workflow or "text2image": None}
-    return {our_workflow(name): name for name in blocks._workflow_map}
+    return {our_workflow(name): name for name in known}
 
 
 def workflow_blocks(blocks: ModularPipelineBlocks, native: str | None) -> dict[str, ModularPipelineBlocks]:
@@ -179,6 +182,16 @@ def make_pipeline(
         return getattr(diffusers, family.modular)(
             blocks=blocks, pretrained_model_name_or_path=source.folder, config_dict=_configs(index)
         )
+
+
+def inputs_of(blocks: ModularPipelineBlocks) -> list[Any]:
+    """The blocks' InputParams (diffusers annotates them as tuples)."""
+    return list(blocks.inputs)
+
+
+def outputs_of(blocks: ModularPipelineBlocks) -> list[Any]:
+    """The blocks' OutputParams (diffusers annotates them as strings)."""
+    return list(blocks.intermediate_outputs)
 
 
 def loops_of(blocks: ModularPipelineBlocks) -> Iterator[LoopSequentialPipelineBlocks]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ __all__ = ["describe", "folder_defaults"]
 
 DENOISERS = ("transformer", "unet", "prior")
 GENERATOR_STATE = "generator_state"
+OUTPUT_COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
 # Inputs of the blocks that are no person's to give: run-time objects, and tensors that earlier blocks make.
 NOT_REQUESTED = frozenset(
     {"generator", "output_type", "timesteps", "dtype", "batch_size", "latents", "device", "padding_mask_crop"}
@@ -64,7 +65,8 @@ def describe(source: Source, workflow: str | None = None, trust: Trust | None = 
     if family is None or reason is not None:
         from triptych.model.standard import standard_topology
 
-        return standard_topology(source, infos, workflow)
+        topology = standard_topology(source, infos, workflow)
+        return topology if reason is None else replace(topology, notes=(reason, *topology.notes))
     return _modular_topology(_Model(source, index, infos, family), workflow)
 
 
@@ -100,28 +102,32 @@ def _lacking(model: _Model, workflow: str, blocks: Mapping[str, ModularPipelineB
 
 def _specs(block: ModularPipelineBlocks) -> dict[str, Any]:
     with modular.quiet():
-        return {spec.name: spec for spec in block.expected_components}
+        return {str(spec.name): spec for spec in block.expected_components}
 
 
 def _stages(
     model: _Model, whole: ModularPipelineBlocks, native: Mapping[str, str | None], workflow: str | None
 ) -> tuple[StageTopology, ...]:
-    """The stages, without what crosses taken from the wrong blocks: ports from the blocks that will run, components
-    from the workflows that are supported (the whole blocks list those of unsupported ones as well)."""
+    """The stages: ports from the blocks that will run; components, fields and values from the workflows that are
+    supported (the whole blocks list those of unsupported ones as well)."""
     run = modular.workflow_blocks(whole, native[workflow] if workflow else None)
     grouped = modular.group(run)
     flat = [modular.workflow_blocks(whole, native[name]) for name in ([workflow] if workflow else native)]
     needed = {stage: _components(flat, stage) for stage in STAGES}
-    taken = {item.name for blocks in flat for item in modular.joined(blocks.values()).inputs}
-    parts = {stage: [run[name] for name in names] for stage, names in grouped.items()}
-    ports = _Ports(parts)
+    taken = {item.name for blocks in flat for item in modular.inputs_of(modular.joined(blocks.values()))}
+    able = {item.name for blocks in flat for item in _made(modular.joined(blocks.values()))}
+    ports = _Ports({stage: modular.joined(run[name] for name in names) for stage, names in grouped.items()}, able)
     return tuple(
         StageTopology(
             name=stage,
             blocks=tuple(grouped[stage]),
             loads=_loads(model, stage, needed[stage]),
             reads=_reads(model, stage, needed[stage]),
-            request_inputs=ports.request_inputs(stage, taken) + _expert_guidance(needed[stage]),
+            request_inputs=(
+                *ports.request_inputs(stage, taken),
+                *_expert_guidance(needed[stage]),
+                *(ports.output_count(taken) if stage == "encode" and model.family.outputs_as_prompts else ()),
+            ),
             inputs=ports.inputs(stage),
             outputs=ports.outputs(stage),
             samples=ports.samples(stage),
@@ -169,19 +175,22 @@ def _reads(model: _Model, stage: StageName, needed: Iterable[str]) -> tuple[str,
     return tuple(name for name in dict.fromkeys([*needed, *silent]) if name in model.infos and name not in loads)
 
 
+def _made(blocks: ModularPipelineBlocks) -> list[Any]:
+    """What the leaves and the loops among the blocks put into the state."""
+    parts = [*modular.leaves_of(blocks), *modular.loops_of(blocks)]
+    return [item for part in parts for item in modular.outputs_of(part)]
+
+
 class _Ports:
     """What crosses between groups of blocks, from what the blocks declare."""
 
-    def __init__(self, parts: Mapping[StageName, list[ModularPipelineBlocks]]) -> None:
-        joined = {stage: modular.joined(blocks) for stage, blocks in parts.items()}
-        self.declared = {stage: blocks.inputs for stage, blocks in joined.items()}
-        self.made: dict[StageName, dict[str, Any]] = {
-            stage: {item.name: item for leaf in modular.leaves_of(blocks) for item in leaf.intermediate_outputs}
-            for stage, blocks in joined.items()
-        }
-        for stage, blocks in joined.items():
-            for loop in modular.loops_of(blocks):
-                self.made[stage].update({item.name: item for item in loop.intermediate_outputs})
+    def __init__(self, parts: Mapping[StageName, ModularPipelineBlocks], able: set[str]) -> None:
+        """`able`: what the workflows make at all; the blocks hold those of unsupported ones as well."""
+        self.declared: dict[StageName, list[Any]] = {}
+        self.made: dict[StageName, dict[str, Any]] = {}
+        for stage, blocks in parts.items():
+            self.declared[stage] = modular.inputs_of(blocks)
+            self.made[stage] = {item.name: item for item in _made(blocks) if item.name in able}
 
     def _later(self, stage: StageName) -> tuple[set[str], set[str]]:
         """The names and the tags that later stages want."""
@@ -229,6 +238,12 @@ class _Ports:
             for item in given
             if item.name in taken and (item.name not in made or item.name in ("height", "width"))
         )
+
+    def output_count(self, taken: set[str]) -> tuple[InputInfo, ...]:
+        """How many outputs a prompt is to have, as the denoise stage declares it, if encode does not."""
+        own = {item.name for item in self.declared["encode"]}
+        later = self.request_inputs("denoise", taken)
+        return tuple(item for item in later if item.name in OUTPUT_COUNTS and item.name not in own)
 
 
 def _is_media(item: Any) -> bool:

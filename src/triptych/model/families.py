@@ -246,13 +246,8 @@ _WRONG: tuple[tuple[tuple[str, ...], str, str], ...] = (
         "expand_timesteps",
         "Modular Diffusers ignores expand_timesteps and takes this VAE's scale for 8, so the standard pipeline is run",
     ),
-    (
-        ("Flux2KleinKVPipeline",),
-        "",
-        "Modular Diffusers lacks this pipeline's key-value cache, so the standard pipeline is run",
-    ),
 )
-"""Pipelines that Modular Diffusers gets wrong: classes, the entry that must be set for it ('' always), the reason."""
+"""Pipelines that Modular Diffusers gets wrong: classes, the entry that must be set for it, the reason."""
 
 WORKFLOW_NAMES: Mapping[str, str] = {
     "inpainting": "inpaint",
@@ -281,7 +276,7 @@ def _is_set(value: Any) -> bool:
 def wrong_in_modular(index: Mapping[str, Any]) -> str | None:
     """Why modular blocks must not run the pipeline of this model_index.json; None where they may."""
     for classes, key, reason in _WRONG:
-        if index.get("_class_name") in classes and (not key or _is_set(index.get(key))):
+        if index.get("_class_name") in classes and _is_set(index.get(key)):
             return reason
     return None
 

@@ -48,7 +48,7 @@ class ModularProgram:
     def __init__(self, topology: Topology, stage: StageTopology) -> None:
         self.topology = topology
         self.stage = stage
-        self.components: dict[str, Any] = {}
+        self.components: Mapping[str, Any] = {}
         self._index = modular.read_index(topology.source)
         family = resolve_family(self._index)
         if family is None:
@@ -66,17 +66,19 @@ class ModularProgram:
         blocks = modular.select(self._family, self._index, self.topology.workflow, names)
         pipe = modular.make_pipeline(self.topology.source, self._family, self._index, blocks)
         infos = self.topology.components
+        held: dict[str, Any] = {}
         for name in self.stage.loads:
             found = components.get(infos[name], placement)
             if found is None:
                 raise LoadError(f"{name} of {self.topology.source.name} came to nothing")
-            self.components[name] = self._mended(name, found)
+            held[name] = self._mended(name, found)
         for name in self.stage.reads:
             setattr(pipe, name, meta_component(self.topology.source, infos[name]))
-        for name, component in self.components.items():
+        for name, component in held.items():
             setattr(pipe, name, component)
+        self.components = held
         # Asked before our own blocks are in it, and once: diffusers gathers them anew at every question.
-        self._inputs = blocks.inputs
+        self._inputs = modular.inputs_of(blocks)
         for loop in modular.loops_of(blocks):
             loop.set_progress_bar_config(disable=True)
             loop.sub_blocks.insert("triptych_before_step", _BeforeStep(), 0)
@@ -139,7 +141,7 @@ class ModularProgram:
         with modular.quiet(), torch.no_grad():
             for block in _after_loop(live.blocks_of_stage, state):
                 block(live, state)
-        return state.get("latents")
+        return state.values["latents"]
 
     def _view(self, task: TaskInputs, stand_ins: Mapping[str, Any]) -> Any:
         """The pipeline as one task sees it."""
@@ -157,7 +159,7 @@ class ModularProgram:
             setattr(view, name, stand_in)
         return view
 
-    def _guider(self, name: str, default: BaseGuidance, task: TaskInputs) -> BaseGuidance:
+    def _guider(self, name: str, default: BaseGuidance, task: TaskInputs) -> Any:
         """The task's own guider. A second expert's takes `guidance_scale_2`, else the first's scale."""
         options = dict(self._family.guider)
         number = name.removeprefix("guider")
@@ -383,7 +385,7 @@ def crossing(name: str, value: Any) -> Any:
     raise Unsupported(f"{name} is a {type(value).__name__}, which cannot cross between stages")
 
 
-def _after_loop(block: ModularPipelineBlocks, state: PipelineState) -> Iterator[ModularPipelineBlocks]:
+def _after_loop(block: ModularPipelineBlocks, state: PipelineState) -> Iterator[Any]:
     """The blocks that run after the loop, given what the conditions saw; none where there is no loop."""
     if isinstance(block, LoopSequentialPipelineBlocks):
         return

@@ -1,7 +1,7 @@
 """The Stage contract, and the primitive that runs many tasks' own pipeline code in one thread."""
 
 from triptych.stage.gather import Call, Gather, Parked
-from triptych.stage.gathered import GatherStage
+from triptych.stage.gathered import GatherStage, Live
 from triptych.stage.protocol import (
     Admitted,
     ControlResult,
@@ -31,6 +31,7 @@ __all__ = [
     "Gather",
     "GatherStage",
     "JobId",
+    "Live",
     "LoadProgress",
     "Order",
     "Output",

@@ -59,13 +59,16 @@ class Payload:
 
 
 class TensorHeader(msgspec.Struct, frozen=True, array_like=True):
-    """One tensor in the body: `offset` and `nbytes` in bytes, `digest` its XXH3-128."""
+    """One tensor in the body: `offset` and `nbytes` in bytes, `digest` its XXH3-128. `order` lists the dimensions as
+    they lie in memory, outermost first ([]: as in the shape): convolutions compute in their input's own layout, and
+    not to the same last bit in another."""
 
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
     digest: bytes
+    order: tuple[int, ...] = ()
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -112,9 +115,18 @@ def _walk(value: Any) -> Iterator[torch.Tensor]:
             yield from _walk(item)
 
 
-def _raw(tensor: torch.Tensor) -> memoryview:
+def _memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The permutation of dimensions that makes a dense tensor contiguous; () if it is, or if none does."""
+    if tensor.is_contiguous():
+        return ()
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    return tuple(order) if tensor.permute(order).is_contiguous() else ()
+
+
+def _raw(tensor: torch.Tensor, order: tuple[int, ...]) -> memoryview:
     """The used bytes of a tensor of any dtype, shape or stride, on the host."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    laid_out = tensor.permute(order) if order else tensor
+    flat = laid_out.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
@@ -131,10 +143,11 @@ def encode_payload(payload: Payload) -> tuple[bytes, list[memoryview | bytes]]:
     def plain(value: Any) -> Any:
         nonlocal offset
         if isinstance(value, torch.Tensor):
-            raw = _raw(value)
+            order = _memory_order(value)
+            raw = _raw(value, order)
             dtype = str(value.dtype).removeprefix("torch.")
             digest = xxhash.xxh3_128_digest(raw)
-            headers.append(TensorHeader(dtype, tuple(value.shape), offset, raw.nbytes, digest))
+            headers.append(TensorHeader(dtype, tuple(value.shape), offset, raw.nbytes, digest, order))
             padding = -raw.nbytes % ALIGNMENT
             body.extend((raw, bytes(padding)))
             offset += raw.nbytes + padding
@@ -174,6 +187,8 @@ def decode_header(header: bytes | memoryview) -> Header:
             raise WrongPayload(f"tensor {index} has the unknown dtype {tensor.dtype!r}")
         if len(tensor.shape) > MAX_DIMENSIONS or any(side < 0 for side in tensor.shape):
             raise WrongPayload(f"tensor {index} has the impossible shape {tensor.shape}")
+        if tensor.order and sorted(tensor.order) != list(range(len(tensor.shape))):
+            raise WrongPayload(f"tensor {index} has the impossible order {tensor.order}")
         if tensor.nbytes != math.prod(tensor.shape) * dtype.itemsize:
             raise WrongPayload(f"tensor {index} of shape {tensor.shape} cannot have {tensor.nbytes} bytes")
         if tensor.offset < end or tensor.offset % ALIGNMENT or tensor.offset + tensor.nbytes > decoded.body:
@@ -220,4 +235,8 @@ def _tensor(view: memoryview, item: TensorHeader, index: int) -> torch.Tensor:
     dtype = _DTYPES[item.dtype]
     if not item.nbytes:
         return torch.empty(item.shape, dtype=dtype)
-    return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(item.shape)
+    flat = torch.frombuffer(raw, dtype=torch.uint8).view(dtype)
+    if not item.order:
+        return flat.reshape(item.shape)
+    laid_out = flat.reshape([item.shape[dimension] for dimension in item.order])
+    return laid_out.permute([item.order.index(dimension) for dimension in range(len(item.shape))])
