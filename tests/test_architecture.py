@@ -61,7 +61,6 @@ TORCH_FREE = (
 
 THROUGH_THE_WINDOW = {
     "triptych.model.topology": "plain data, imported where torch may not be",
-    "triptych.model.resolve": "a request against a topology: the engine's and check's business at the door",
 }
 """Modules that other rooms may import by their own name instead of through their room's `__init__`."""
 

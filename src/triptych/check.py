@@ -11,8 +11,18 @@ import torch
 
 from triptych.device import pick_device, pick_dtype
 from triptych.errors import Unsupported
-from triptych.model import Components, Placement, TaskInputs, Topology, Trust, describe, open_model, unsplit
-from triptych.model.resolve import Resolved, resolve
+from triptych.model import (
+    Components,
+    Placement,
+    Resolved,
+    TaskInputs,
+    Topology,
+    Trust,
+    describe,
+    open_model,
+    resolve,
+    unsplit,
+)
 from triptych.request import Request, StageName
 from triptych.stage import StageTask
 from triptych.transfer import Payload
@@ -84,17 +94,13 @@ def check_model(
     if topology.adapter == "fused":
         raise Unsupported(f"{model} is not split: {' '.join(topology.notes)}", field="model")
     resolved = resolve(topology, request)
-    spec = StageSpec(
-        model, "encode", workflow, device, dtype, revision, offline, trust, torch.get_num_threads()
-    )
+    spec = StageSpec(model, "encode", workflow, device, dtype, revision, offline, trust, torch.get_num_threads())
     with contextlib.ExitStack() as stack:
         own = processes or {part.name: stack.enter_context(StageProcess()) for part in topology.stages}
         loads, crossed = _run_split(topology, resolved, spec, own, on_stage)
     on_stage("unsplit")
     where = pick_device(device)
-    whole = _run_whole(
-        topology, resolved, Components(source, trust), Placement(where, pick_dtype(dtype, where))
-    )
+    whole = _run_whole(topology, resolved, Components(source, trust), Placement(where, pick_dtype(dtype, where)))
     differences = tuple(_compare(topology, crossed, whole))
     name, split = _pictures(crossed[topology.stages[-1].name].values)
     return CheckReport(topology, resolved.request, loads, differences, crossed, split, whole[name].cpu())
@@ -124,9 +130,7 @@ def _run_split(
 
 
 @torch.no_grad()
-def _run_whole(
-    topology: Topology, resolved: Resolved, components: Components, placement: Placement
-) -> dict[str, Any]:
+def _run_whole(topology: Topology, resolved: Resolved, components: Components, placement: Placement) -> dict[str, Any]:
     whole = unsplit(topology)
     whole.load(components, placement)
     generator = torch.Generator("cpu").manual_seed(resolved.seed)
@@ -139,9 +143,7 @@ def _pictures(values: dict[str, Any]) -> tuple[str, torch.Tensor]:
     return name, values[name]
 
 
-def _compare(
-    topology: Topology, crossed: dict[StageName, Payload], whole: dict[str, Any]
-) -> Iterator[Difference]:
+def _compare(topology: Topology, crossed: dict[StageName, Payload], whole: dict[str, Any]) -> Iterator[Difference]:
     for part in topology.stages:
         for name, value in crossed[part.name].values.items():
             if name in whole and name != "generator_state":

@@ -17,8 +17,7 @@ from PIL import Image
 from triptych.decode import LatentPreview, load_preview_vae, to_clips, to_images
 from triptych.device import free_bytes, pick_device, pick_dtype
 from triptych.errors import Cancelled, TriptychError, Unsupported
-from triptych.model import Components, Placement, Topology, Trust, describe, open_model
-from triptych.model.resolve import Resolved, resolve
+from triptych.model import Components, Placement, Resolved, Topology, Trust, describe, open_model, resolve
 from triptych.request import Progress, Request, Result, StageName, StageTime
 from triptych.stage import (
     Failed,
@@ -35,7 +34,6 @@ from triptych.transfer import Payload
 from triptych.worker import build_stage
 
 __all__ = ["Engine", "Job"]
-
 
 
 @dataclass(eq=False)

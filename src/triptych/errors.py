@@ -99,9 +99,7 @@ class StageFailed(TriptychError):
 
     code = "stage_failed"
 
-    def __init__(
-        self, message: str, *, stage: str, job: str, original: str = "", field: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, stage: str, job: str, original: str = "", field: str | None = None) -> None:
         super().__init__(message, field=field)
         self.stage = stage
         self.job = job

@@ -49,9 +49,7 @@ def test_a_tiny_vae_decodes_previews_at_full_size(tmp_path: Path) -> None:
         encoder_block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8), latent_channels=4
     )
     tiny.save_pretrained(tmp_path / "tiny")
-    request = Request.parse(
-        prompt="a cat", width=64, height=64, num_inference_steps=2, max_sequence_length=32, seed=1
-    )
+    request = Request.parse(prompt="a cat", width=64, height=64, num_inference_steps=2, max_sequence_length=32, seed=1)
     with Engine.open(
         str(folder("flux")), workflow="text2image", device="cpu", preview_vae=str(tmp_path / "tiny")
     ) as engine:

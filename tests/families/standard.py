@@ -36,7 +36,7 @@ TWO_NEGATIVES = {"negative_prompt": ["bad quality", "blurry"]}
 
 def wan22_ti2v() -> Any:
     """Wan2.2-TI2V-5B: a timestep per token, a VAE of 48 channels and 16 pixels a latent."""
-    tokenizer = tokenizers.t5()
+    tokenizer: Any = tokenizers.t5()
     vae = parts.wan_vae(
         48,
         is_residual=True,

@@ -28,7 +28,7 @@ from triptych.model import (
     open_model,
     program,
 )
-from triptych.model.boundary import SAMPLE_PROMPT, boundary
+from triptych.model.crossings import SAMPLE_PROMPT, boundary
 
 SIZE = {"width": 64, "height": 64}
 FAMILY_NAMES = ["flux", "qwen-image", "wan-t2v", "wan-i2v", "z-image", "sd3", "wan2.2-ti2v"]
@@ -59,8 +59,8 @@ def leaves(value: Any, name: str = "") -> list[tuple[str, tuple[tuple[int, ...],
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_the_boundary_told_is_the_boundary_met(name: str) -> None:
-    from triptych.model.boundary import sample_request
-    from triptych.model.resolve import resolve
+    from triptych.model.crossings import sample_request
+    from triptych.model.door import resolve
 
     topology = describe(open_model(str(folder(name))))
     frames = 9 if topology.makes == "video" else None

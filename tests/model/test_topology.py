@@ -160,7 +160,7 @@ def test_importing_the_room_costs_no_torch() -> None:
 
 def test_submodules_do_not_shadow_functions() -> None:
     code = (
-        "import triptych.model.describe, triptych.model.program\n"
+        "import triptych.model.description, triptych.model.contract\n"
         "from triptych.model import describe, program\n"
         "print(callable(describe), callable(program))"
     )

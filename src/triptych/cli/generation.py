@@ -65,8 +65,7 @@ class Opening:
         """Looks at the model without reading a weight: would it serve the request? Loading can take minutes,
         and nobody should wait them for an error. Raises TriptychError."""
         from triptych.device import free_bytes, pick_device
-        from triptych.model import describe, open_model
-        from triptych.model.resolve import resolve
+        from triptych.model import describe, open_model, resolve
 
         assert self.model is not None
         device = pick_device(self.device)

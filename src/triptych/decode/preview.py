@@ -96,10 +96,7 @@ class LatentPreview:
         channels = z.shape[1]
         flat = z.transpose(0, 1).reshape(channels, -1)
         mean, std = flat.mean(1), flat.std(1)
-        sample = (
-            _smooth_noise(SAMPLES, channels, generator).to(z.device) * std[:, None, None]
-            + mean[:, None, None]
-        )
+        sample = _smooth_noise(SAMPLES, channels, generator).to(z.device) * std[:, None, None] + mean[:, None, None]
         given = (sample.unsqueeze(2) if z.ndim == 5 else sample).to(latents.dtype)
         decoded = self._vae().decode(given, return_dict=False)[0].float()
         rgb = decoded.reshape(SAMPLES, 3, -1, *decoded.shape[-2:])[:, :, 0] / 2 + 0.5

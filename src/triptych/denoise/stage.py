@@ -28,7 +28,10 @@ class DenoiseStage(GatherStage):
         return super().control(order)
 
     def _preview(self, live: Live, step: Step) -> torch.Tensor | None:
-        latents = step.denoised if step.denoised is not None else step.latents
-        if not live.task.preview or self._previewer is None or latents is None:
+        if not live.task.preview or self._previewer is None:
+            return None
+        foreseen = step.denoised()
+        latents = step.latents if foreseen is None else foreseen
+        if latents is None:
             return None
         return self._previewer(live.task.fields, self.program.boundary_latents(live.inputs, latents))

@@ -6,17 +6,16 @@ Names are resolved on first use, so that importing this package costs no torch.
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from triptych.model.boundary import SAMPLE_PROMPT, BoundaryTensor, boundary
-    from triptych.model.describe import describe
+    from triptych.model.contract import StageProgram, Step, TaskInputs, TaskOutputs
+    from triptych.model.crossings import SAMPLE_PROMPT, BoundaryTensor, boundary
+    from triptych.model.description import describe
+    from triptych.model.door import Resolved, resolve
     from triptych.model.load import Components, Placement, load_component, meta_component
     from triptych.model.open import component_infos, embedded_models, open_model
-    from triptych.model.program import StageProgram, Step, TaskInputs, TaskOutputs
-    from triptych.model.programs import program
+    from triptych.model.programs import program, unsplit
     from triptych.model.topology import (
         STAGES,
         ComponentInfo,
@@ -29,15 +28,15 @@ if TYPE_CHECKING:
         Topology,
     )
     from triptych.model.trust import Trust
-    from triptych.model.unsplit import unsplit
 
 _HOMES = {
-    "boundary": ("SAMPLE_PROMPT", "BoundaryTensor", "boundary"),
-    "describe": ("describe",),
+    "door": ("Resolved", "resolve"),
+    "crossings": ("SAMPLE_PROMPT", "BoundaryTensor", "boundary"),
+    "description": ("describe",),
     "load": ("Components", "Placement", "load_component", "meta_component"),
     "open": ("component_infos", "embedded_models", "open_model"),
-    "program": ("StageProgram", "Step", "TaskInputs", "TaskOutputs"),
-    "programs": ("program",),
+    "contract": ("StageProgram", "Step", "TaskInputs", "TaskOutputs"),
+    "programs": ("program", "unsplit"),
     "topology": (
         "STAGES",
         "ComponentInfo",
@@ -50,7 +49,6 @@ _HOMES = {
         "Topology",
     ),
     "trust": ("Trust",),
-    "unsplit": ("unsplit",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -64,6 +62,7 @@ __all__ = [
     "InputInfo",
     "Placement",
     "Port",
+    "Resolved",
     "Source",
     "StageName",
     "StageProgram",
@@ -81,6 +80,7 @@ __all__ = [
     "meta_component",
     "open_model",
     "program",
+    "resolve",
     "unsplit",
 ]
 
@@ -96,15 +96,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Room(types.ModuleType):
-    """Keeps the exported functions `describe` and `program` from being shadowed by the submodules of those names,
-    which Python binds here whenever they are first imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME_OF and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Room

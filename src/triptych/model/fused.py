@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from triptych.errors import Unsupported
+from triptych.model.contract import Step, TaskInputs, TaskOutputs
 from triptych.model.index import read_index
 from triptych.model.load import Components, Placement
 from triptych.model.pipeline import Loop, arguments, assemble, own_schedulers, pictures, pipeline_class, view
-from triptych.model.program import Step, TaskInputs, TaskOutputs
 from triptych.model.topology import StageTopology, Topology
 
 __all__ = ["FusedProgram"]

@@ -23,20 +23,16 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 
 from triptych.errors import InvalidRequest, LoadError, Unsupported, WrongPayload
 from triptych.model import blocks as modular
+from triptych.model.contract import Step, TaskInputs, TaskOutputs
 from triptych.model.families import Family, resolve_family
 from triptych.model.load import Components, Placement, meta_component
-from triptych.model.program import Step, TaskInputs, TaskOutputs
 from triptych.model.topology import StageTopology, Topology
 
 __all__ = ["GENERATOR_STATE", "ModularProgram"]
 
 GENERATOR_STATE = "generator_state"
-CHANNELS_LAST = "triptych_channels_last"
-"""The tag of tensors that lie with their channels last. Transports make tensors contiguous, and a convolution rounds
-differently then: bit-equality with the unsplit pipeline needs the layout too."""
 ANCHOR = "triptych_anchor"
 OUTPUT_COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 MISSING = re.compile(r"Required input '(\w+)' is missing")
 FLOW_PREDICTIONS = ("flow_prediction", "flow")
 
@@ -175,8 +171,6 @@ class ModularProgram:
         state = PipelineState()
         given = {**self._fields(task), "generator": task.generator, "output_type": "pt"}
         values = {name: self._arrived(value) for name, value in task.values.items() if name != GENERATOR_STATE}
-        for name in task.tags.get(CHANNELS_LAST, ()):
-            values[name] = values[name].contiguous(memory_format=FORMATS[values[name].ndim])
         for port in self.stage.inputs:
             if port.type_hint == "dtype" and isinstance(values.get(port.name), str):
                 values[port.name] = getattr(torch, values[port.name].removeprefix("torch."))
@@ -189,7 +183,7 @@ class ModularProgram:
             state.values[name] = value
         for tag, names in task.tags.items():
             for name in names:
-                if tag != CHANNELS_LAST and name in values and name not in state.kwargs_mapping.get(tag, ()):
+                if name in values and name not in state.kwargs_mapping.get(tag, ()):
                     state.set(name, values[name], tag)
         return state
 
@@ -239,7 +233,6 @@ class ModularProgram:
             for tag, names in state.kwargs_mapping.items()
             if tag in wanted
         }
-        tags[CHANNELS_LAST] = [name for name, value in values.items() if lies_channels_last(value)]
         return TaskOutputs(values, {tag: names for tag, names in tags.items() if names})
 
 
@@ -270,7 +263,8 @@ class _Watch:
         latents = getattr(state, "latents", None)
         timesteps = getattr(state, "timesteps", None)
         total = len(timesteps) if timesteps is not None else getattr(state, "num_inference_steps", self.done + 1)
-        step = Step(self.done, max(total, self.done + 1), latents, denoised(self.scheduler, self.latents, latents))
+        estimate = functools.partial(denoised, self.scheduler, self.latents, latents)
+        step = Step(self.done, max(total, self.done + 1), latents, estimate)
         self.done += 1
         self.on_step(step)
 
@@ -353,13 +347,6 @@ def with_token_types(encoder: Any) -> Any:
     mended.__dict__ = {**encoder.__dict__, "forward": with_types}
     assert inspect.signature(mended.forward) == inspect.signature(forward)
     return mended
-
-
-def lies_channels_last(value: Any) -> bool:
-    """Whether it is a tensor in channels-last layout and in no other."""
-    if not isinstance(value, torch.Tensor) or value.ndim not in FORMATS or value.is_contiguous():
-        return False
-    return value.is_contiguous(memory_format=FORMATS[value.ndim])
 
 
 def repeated(fields: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from triptych.errors import InvalidRequest, Unsupported
-from triptych.model.program import Step, TaskInputs
+from triptych.model.contract import Step, TaskInputs
 from triptych.model.topology import Topology
 
 SHIFTS = ("shift", "flow_shift")
@@ -95,8 +95,8 @@ class WatchedStep:
         result = self._real(model_output, timestep, sample, *args, **kwargs)
         loop = self._loop
         if loop.on_step is not None:
-            denoised = _denoised(self._scheduler, result, model_output, sample, sigma)
-            step = Step(loop.done, max(loop.total(self._scheduler), loop.done + 1), _latents(result), denoised)
+            estimate = functools.partial(_denoised, self._scheduler, result, model_output, sample, sigma)
+            step = Step(loop.done, max(loop.total(self._scheduler), loop.done + 1), _latents(result), estimate)
             loop.done += 1
             loop.on_step(step)
         return result

@@ -1,7 +1,7 @@
 """Recording what a pipeline's methods return in one stage, and answering with it in the next.
 
 Recorded values cross as plain data: tensors, numbers, strings, lists, tuples, and dicts with one of the keys below for
-what these cannot say (a model's output, a latent distribution, a picture, a layout in memory). Their skeleton
+what these cannot say (a model's output, a latent distribution, a picture). Their skeleton
 is the same with every tensor replaced by its shape and dtype: plain values alone, from which `blank` makes zeros.
 """
 
@@ -46,11 +46,8 @@ class Record(dict[str, Any]):
 
 def pack(value: Any) -> Any:
     """A pipeline's value as plain data. Raises Unsupported for an object that cannot cross."""
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | float | str | torch.Tensor):
         return value
-    if isinstance(value, torch.Tensor):
-        order = memory_order(value)
-        return {"permuted": value.permute(order), "order": order} if order else value
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, list | tuple):
@@ -77,30 +74,6 @@ def _each(items: list[Any] | tuple[Any, ...], change: Callable[[Any], Any]) -> A
     return changed if isinstance(items, list) else tuple(changed)
 
 
-def memory_order(tensor: torch.Tensor) -> list[int]:
-    """The permutation of dimensions that makes a dense tensor contiguous; [] if it is, or if none does. A payload's
-    tensors are contiguous, but convolutions compute in their input's own layout, and not to the same last bit."""
-    if tensor.is_contiguous():
-        return []
-    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-    return order if tensor.permute(order).is_contiguous() else []
-
-
-def in_order(tensor: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-    """The tensor laid out in memory as `memory_order` said; unchanged for []. Raises WrongPayload."""
-    return _unpermuted(tensor.permute(list(order)).contiguous(), order) if _is_order(order, tensor) else tensor
-
-
-def _unpermuted(permuted: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-    return permuted.permute([list(order).index(dimension) for dimension in range(permuted.ndim)])
-
-
-def _is_order(order: Sequence[int], tensor: torch.Tensor) -> bool:
-    if order and sorted(order) != list(range(tensor.ndim)):
-        raise WrongPayload(f"{list(order)} is no order of {tensor.ndim} dimensions")
-    return bool(order)
-
-
 def _plain(picture: Image.Image) -> Image.Image:
     """The picture in a mode that its pixels alone tell: L, RGB or RGBA."""
     if picture.mode in ("L", "RGB", "RGBA"):
@@ -121,8 +94,6 @@ def unpack(value: Any) -> Any:
             return Image.fromarray(pixels.cpu().numpy())
         case {"array": torch.Tensor() as array}:
             return array.cpu().numpy()
-        case {"permuted": torch.Tensor() as tensor, "order": list(order)} if _is_order(order, tensor):
-            return _unpermuted(tensor, order)
         case {"distribution": str(kind), "parameters": parameters, "deterministic": bool(flag)}:
             if kind in DISTRIBUTIONS:
                 return DISTRIBUTIONS[kind](unpack(parameters), deterministic=flag)

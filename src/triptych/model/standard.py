@@ -17,11 +17,11 @@ import torch
 
 from triptych.errors import Unsupported, WrongPayload
 from triptych.model.anatomy import anatomy
+from triptych.model.contract import Step, TaskInputs, TaskOutputs
 from triptych.model.husk import husk
 from triptych.model.index import read_index
 from triptych.model.load import Components, Placement
 from triptych.model.pipeline import Loop, arguments, assemble, own_schedulers, pictures, pipeline_class, view
-from triptych.model.program import Step, TaskInputs, TaskOutputs
 from triptych.model.replay import (
     Blanks,
     Player,
@@ -29,8 +29,6 @@ from triptych.model.replay import (
     Shapes,
     blank,
     change_tensors,
-    in_order,
-    memory_order,
     overridden,
     pack,
     skeleton,
@@ -42,7 +40,6 @@ from triptych.model.topology import StageTopology, Topology
 __all__ = ["StandardProgram", "standard_topology"]
 
 _DENOISER = "denoiser"
-_ORDER = "order"
 
 
 class _Stop(BaseException):
@@ -134,7 +131,6 @@ class StandardProgram:
             "encode": skeleton(recorded),
             MEDIA: skeleton(media),
             _DENOISER: shapes.runs,
-            _ORDER: memory_order(latents),
         }
         passed = {MEDIA: media} if media and self._passes_media() else {}
         return {LATENTS: latents, SKELETON: bones, **passed}
@@ -155,7 +151,7 @@ class StandardProgram:
         if SKELETON not in task.values:
             return self._decode_alone(task, stand_ins)
         bones = task.values[SKELETON]
-        if not (isinstance(bones, dict) and {"encode", MEDIA, _DENOISER, _ORDER} <= bones.keys()):
+        if not (isinstance(bones, dict) and {"encode", MEDIA, _DENOISER} <= bones.keys()):
             raise WrongPayload("decode needs the shapes that encode and denoise recorded", field=SKELETON)
         media = task.values.get(MEDIA) or blank(bones[MEDIA], self._device)
         own = _Own(self, task, stand_ins, {**{name: unpack(value) for name, value in media.items()}, **task.fields})
@@ -177,8 +173,7 @@ class StandardProgram:
         latents = task.values.get(LATENTS)
         if not isinstance(latents, torch.Tensor):
             raise WrongPayload("decode needs a tensor", field=LATENTS)
-        order = task.values.get(SKELETON, {}).get(_ORDER, [])
-        return in_order(self._own_copy(latents), order)
+        return self._own_copy(latents)
 
     def _recorded(self, task: TaskInputs) -> dict[str, Any]:
         """What encode recorded, on this stage's device."""

@@ -305,7 +305,7 @@ def _guidance(model: _Model) -> Literal["classifier_free", "embedded", "none"]:
 
 def _defaults(model: _Model, scale: int) -> Defaults:
     """From the call's own defaults, then the sizes that the denoiser was trained at, under the folder's own file."""
-    from triptych.model.describe import folder_defaults  # describe imports this module
+    from triptych.model.description import folder_defaults  # describe imports this module
 
     trained = model.denoiser
     field = guidance_field(_guidance(model), model.call)

@@ -51,9 +51,7 @@ class GatherStage:
     batching will pick more. Raises nothing from `step`: a task's error becomes its `Failed` event.
     """
 
-    def __init__(
-        self, program: StageProgram, components: Components, placement: Placement, capacity: int = 4
-    ) -> None:
+    def __init__(self, program: StageProgram, components: Components, placement: Placement, capacity: int = 4) -> None:
         self.program = program
         self.name: StageName = program.stage.name
         self._components = components
@@ -101,9 +99,7 @@ class GatherStage:
         if payload is None:
             return
         payload.check()
-        missing = [
-            p.name for p in self.program.stage.inputs if p.required and payload.values.get(p.name) is None
-        ]
+        missing = [p.name for p in self.program.stage.inputs if p.required and payload.values.get(p.name) is None]
         if missing:
             raise WrongPayload(f"stage {self.name} needs {', '.join(missing)}", field=missing[0])
 
@@ -143,13 +139,9 @@ class GatherStage:
     def _on_step(self, live: Live, step: Step) -> None:
         live.steps = step.index + 1
         if step.latents is not None and step.index in (0, step.total - 1) and not is_finite(step.latents):
-            raise self._failed(
-                live, f"the latents hold NaN or infinity after step {step.index + 1}", "NonFinite"
-            )
+            raise self._failed(live, f"the latents hold NaN or infinity after step {step.index + 1}", "NonFinite")
         seconds = time.perf_counter() - live.began
-        self._events.append(
-            StepDone(live.task.job, step.index + 1, step.total, seconds, self._preview(live, step))
-        )
+        self._events.append(StepDone(live.task.job, step.index + 1, step.total, seconds, self._preview(live, step)))
 
     def _preview(self, live: Live, step: Step) -> torch.Tensor | None:
         """A small picture of what the step's latents hold; None unless the task asked and the stage can."""
@@ -176,9 +168,7 @@ class GatherStage:
             return
         weight = first_bad_weight(self.program.components[call.component])
         if weight is not None:
-            raise self._failed(
-                live, f"weight {weight} of {call.component} holds NaN or infinity", "NonFinite"
-            )
+            raise self._failed(live, f"weight {weight} of {call.component} holds NaN or infinity", "NonFinite")
 
     def _advance(self, live: Live, go: Callable[[TaskGreenlet], Any]) -> None:
         """Moves a task to its next call, its end or its failure, and to the back of the queue."""

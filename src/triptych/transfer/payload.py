@@ -91,17 +91,13 @@ def _check(path: str, value: Any, depth: int) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise WrongPayload(
-                    f"a {type(key).__name__} is no key that can cross between stages", field=path
-                )
+                raise WrongPayload(f"a {type(key).__name__} is no key that can cross between stages", field=path)
             _check(f"{path}.{key}", item, depth + 1)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             _check(f"{path}[{index}]", item, depth + 1)
     elif not (value is None or isinstance(value, bool | int | float | str | torch.Tensor)):
-        raise WrongPayload(
-            f"a {type(value).__module__}.{type(value).__name__} cannot cross between stages", field=path
-        )
+        raise WrongPayload(f"a {type(value).__module__}.{type(value).__name__} cannot cross between stages", field=path)
 
 
 def _walk(value: Any) -> Iterator[torch.Tensor]:
@@ -161,9 +157,7 @@ def encode_payload(payload: Payload) -> tuple[bytes, list[memoryview | bytes]]:
         return value
 
     values = {name: plain(value) for name, value in payload.values.items()}
-    header = Header(
-        SCHEMA, payload.job, payload.attempt, payload.stage, values, payload.tags, headers, offset
-    )
+    header = Header(SCHEMA, payload.job, payload.attempt, payload.stage, values, payload.tags, headers, offset)
     return msgspec.msgpack.encode(header), body
 
 

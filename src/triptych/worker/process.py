@@ -75,18 +75,14 @@ class StageProcess:
             if isinstance(answer, wire.Stepped) and on_step is not None:
                 on_step(answer.step, answer.steps)
             if isinstance(answer, wire.Done):
-                return Output(
-                    task.job, payload or Payload({}), answer.seconds, answer.steps, answer.peak_bytes
-                )
+                return Output(task.job, payload or Payload({}), answer.seconds, answer.steps, answer.peak_bytes)
 
     def _receive(self, job: str) -> tuple[wire.Message, Payload | None]:
         try:
             answer, payload = wire.receive(self._socket)
         except (EOFError, OSError):
             code = self._child.wait()
-            raise StageFailed(
-                f"the process of stage {self._stage} died ({code})", stage=self._stage, job=job
-            ) from None
+            raise StageFailed(f"the process of stage {self._stage} died ({code})", stage=self._stage, job=job) from None
         if isinstance(answer, wire.Broken):
             raise _error(answer, self._stage, job)
         return answer, payload
@@ -103,9 +99,7 @@ class StageProcess:
     def __enter__(self) -> StageProcess:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
 

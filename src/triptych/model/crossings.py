@@ -17,10 +17,10 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
+from triptych.model.contract import TaskInputs
+from triptych.model.door import inputs_of, resolve
 from triptych.model.load import Components, Placement, meta_component, quiet
-from triptych.model.program import TaskInputs
 from triptych.model.programs import program
-from triptych.model.resolve import inputs_of, resolve
 from triptych.model.topology import ComponentInfo, StageTopology, Topology
 from triptych.request import Request
 

@@ -123,9 +123,7 @@ def _check_images(topology: Topology, request: Request, declared: dict[str, Inpu
     image = declared.get("image")
     takes = image is not None
     if request.images and not takes:
-        raise InvalidRequest.of(
-            "images", f"{len(request.images)} images", f"none ({topology.workflow} takes no image)"
-        )
+        raise InvalidRequest.of("images", f"{len(request.images)} images", f"none ({topology.workflow} takes no image)")
     if not request.images and topology.workflow not in _text_only(topology) and takes:
         raise InvalidRequest.of("images", "none", f"at least one ({topology.workflow} works on an image)")
     if request.mask is not None and "mask_image" not in declared:
@@ -165,24 +163,18 @@ def _check_guidance(topology: Topology, request: Request) -> None:
             "negative_prompt", request.negative_prompt, "nothing (this model has no classifier-free guidance)"
         )
     if request.guidance_scale is not None and topology.guidance == "none" and request.guidance_scale != 1:
-        raise InvalidRequest.of(
-            "guidance_scale", request.guidance_scale, "nothing (this model takes no guidance)"
-        )
+        raise InvalidRequest.of("guidance_scale", request.guidance_scale, "nothing (this model takes no guidance)")
 
 
 def _fields(topology: Topology, request: Request, declared: dict[str, InputInfo]) -> dict[str, Any]:
     """The request in the pipeline's own names. Raises InvalidRequest for a field that it does not declare."""
-    fields: dict[str, Any] = {
-        "prompt": request.prompt if isinstance(request.prompt, str) else list(request.prompt)
-    }
+    fields: dict[str, Any] = {"prompt": request.prompt if isinstance(request.prompt, str) else list(request.prompt)}
     for name in PLAIN:
         value = getattr(request, name)
         if value is None:
             continue
         if name not in declared and name != "negative_prompt":
-            raise InvalidRequest.of(
-                name, value, f"nothing (this model's {topology.workflow} has no such input)"
-            )
+            raise InvalidRequest.of(name, value, f"nothing (this model's {topology.workflow} has no such input)")
         fields[name] = list(value) if isinstance(value, tuple) else value
     if request.images:
         fields["image"] = request.images[0] if len(request.images) == 1 else list(request.images)
@@ -203,9 +195,7 @@ def _extras(topology: Topology, request: Request, declared: dict[str, InputInfo]
     allowed = extras_of(topology)
     for name, value in request.extra.items():
         if name not in allowed:
-            raise InvalidRequest.of(
-                "extra", name, allowed or "nothing (this model declares no further inputs)"
-            )
+            raise InvalidRequest.of("extra", name, allowed or "nothing (this model declares no further inputs)")
         _check_type(name, value, declared[name].type_hint)
     return dict(request.extra)
 
@@ -260,8 +250,6 @@ def unknown_words(topology: Topology, request: Request) -> list[str]:
     known = set(known["words"] if isinstance(known, dict) else known)
     texts = list(request.prompts)
     if request.negative_prompt is not None:
-        texts += (
-            [request.negative_prompt] if isinstance(request.negative_prompt, str) else request.negative_prompt
-        )
+        texts += [request.negative_prompt] if isinstance(request.negative_prompt, str) else request.negative_prompt
     words = (word for text in texts for word in re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower()))
     return list(dict.fromkeys(word for word in words if word not in known))

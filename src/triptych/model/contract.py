@@ -14,13 +14,17 @@ from triptych.model.topology import StageTopology, Topology
 
 @dataclass(frozen=True)
 class Step:
-    """A denoising step has ended: `index` of `total`, 0-based. `latents` are the pipeline's own, in its own packing,
-    `denoised` the estimate of the final ones where the scheduler allows one (sigmas known), else None."""
+    """A denoising step has ended: `index` of `total`, 0-based. `latents` are the pipeline's own, in its own packing.
+    `estimate` computes `denoised`, only for those who ask, and only while `on_step` lasts."""
 
     index: int
     total: int
     latents: torch.Tensor | None
-    denoised: torch.Tensor | None = None
+    estimate: Callable[[], torch.Tensor | None] | None = None
+
+    def denoised(self) -> torch.Tensor | None:
+        """The final latents as this step foresees them; None where the scheduler allows no estimate."""
+        return None if self.estimate is None else self.estimate()
 
 
 @dataclass
