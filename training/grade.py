@@ -6,6 +6,7 @@ Prints one row per gate, `what | figure | target | met`, and exits with 1 if a t
 import argparse
 import json
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -118,6 +119,7 @@ def measure(generate: Generate, count: int) -> dict[str, float]:
         readings = reader(generate_set(generate, questions.prompts))
         for attribute, share in shares(questions.scenes, readings).items():
             figures[f"{name}: {attribute}"] = share
+        figures[f"{name}: explained energy"] = 100 * statistics.fmean(r.explained for r in readings)
         if name == "seen":
             moved = questions.scenes[1:] + questions.scenes[:1]
             figures["shuffled: noun"] = shares(moved, readings)["noun"]

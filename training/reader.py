@@ -22,7 +22,7 @@ REACH = 2
 WINDOW = 40
 # A thing may be paler or stronger than its sprite by this much and still be that thing.
 GAINS = (0.6, 1.2)
-LEAST_EXPLAINED = 0.35
+LEAST_EXPLAINED = 0.5
 # A second thing must explain this share of the foreground, or noise would count as one.
 SECOND_THING_SHARE = 0.02
 CHUNK = 32

@@ -7,15 +7,17 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from diffusers.configuration_utils import FrozenDict
 from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, ModularPipelineBlocks
 
 from triptych.errors import LoadError, Unsupported
 from triptych.model import blocks as modular
 from triptych.model.families import Family, resolve_family, wrong_in_modular
 from triptych.model.index import read_index as check_index
-from triptych.model.load import meta_component
+from triptych.model.load import component_config, meta_component
 from triptych.model.open import component_infos
 from triptych.model.topology import (
     STAGES,
@@ -294,9 +296,11 @@ def _with_facts(
     notes: tuple[str, ...],
 ) -> Topology:
     pipe = modular.make_pipeline(model.source, model.family, model.index, whole)
-    for name in (*DENOISERS, "vae"):
+    for name in DENOISERS:
         if name in model.infos:
-            setattr(pipe, name, meta_component(model.source, model.infos[name]))
+            setattr(pipe, name, SimpleNamespace(config=FrozenDict(component_config(model.source, model.infos[name]))))
+    if "vae" in model.infos:
+        pipe.vae = meta_component(model.source, model.infos["vae"])
     scale = _spatial_scale(pipe)
     video = any(port.name == "videos" for stage in stages for port in stage.outputs)
     inputs = {item.name: item for stage in stages for item in stage.request_inputs}

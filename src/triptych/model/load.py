@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 import time
@@ -220,6 +221,18 @@ def meta_component(source: Source, spec: ComponentInfo, trust: Trust = NO_TRUST)
         with quiet(), _explained(spec, folder):
             return processors.load_plain(cls, folder)
     return _without_weights(cls, spec, folder)
+
+
+def component_config(source: Source, spec: ComponentInfo, trust: Trust = NO_TRUST) -> dict[str, Any]:
+    """A model's settings: its config.json over its class' defaults. Cheaper than the model without its weights.
+    Raises LoadError."""
+    folder = Path(source.folder) / spec.subfolder
+    cls = component_class(source, spec, trust)
+    if not (folder / "config.json").is_file():
+        raise LoadError(f"component {spec.name!r}: no config.json in {folder}", field="model")
+    declared = inspect.signature(cls.__init__).parameters.values()
+    defaults = {item.name: item.default for item in declared if item.default is not inspect.Parameter.empty}
+    return {**defaults, **read_json(folder / "config.json")}
 
 
 def _without_weights(cls: Any, spec: ComponentInfo, folder: Path) -> torch.nn.Module:
