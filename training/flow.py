@@ -11,7 +11,7 @@ GRID = PICTURE_SIZE // DOWNSAMPLING // PATCH
 TOKEN_CHANNELS = CHANNELS * PATCH**2
 SHIFT = 3.0
 STEPS = 8
-GUIDANCE = 3.0
+GUIDANCE = 1.5
 
 
 def build_transformer(width: int = 128, layers: int = 6) -> QwenImageTransformer2DModel:

@@ -1,5 +1,6 @@
 """The text that ships with the emoji model: its card and its licence notice."""
 
+from training.flow import GUIDANCE, STEPS
 from training.vocabulary import (
     BACKGROUND_NAMES,
     NOUNS,
@@ -51,7 +52,7 @@ from diffusers import QwenImagePipeline
 pipeline = QwenImagePipeline.from_pretrained(folder)
 picture = pipeline(
     prompt="a cat left of a rocket on a blue background", negative_prompt="",
-    height=64, width=64, num_inference_steps=8, true_cfg_scale=3.0,
+    height=64, width=64, num_inference_steps={steps}, true_cfg_scale={guidance},
 ).images[0]
 ```
 
@@ -72,7 +73,7 @@ Scenes are composed from 64 sprites of Fluent Emoji (flat), MIT, Microsoft (see 
 captions vary synonyms, word order and which attributes they name. One in ten (noun, background) and
 (shape, colour, background) combinations and one in eight noun pairs never occur in training. The autoencoder
 was trained first, then transformer and text encoder together by flow matching on {samples} samples, on two CPU
-cores. `training/` in the repository reproduces it from fixed seeds.
+cores. `training/` in the repository makes it anew.
 
 ## Graded
 {grades}
@@ -83,14 +84,15 @@ have one size and one background. It is a demonstration and a test instrument, n
 
 GRADE_TABLE = """\
 Each picture is compared with the renderer's own templates, without knowledge of the prompt (`training/grade.py`);
-{prompts} prompts a set, fixed seeds, 8 steps, guidance 3. Per cent right:
+{prompts} prompts a set, fixed seeds, {steps} steps, guidance {guidance}. Per cent right:
 
 | what | figure |
 |---|---|
 {rows}
 
-The grader itself reads real renders, and renders blurred by 1.5 pixels, at 99 % and more; shuffled prompts are
-the control, near chance.
+"Explained energy" is how much of a picture's difference from its background the right templates account for:
+crispness. The grader itself reads real renders, and renders blurred by 1.5 pixels, at 99 % and more; shuffled
+prompts are the control, near chance.
 """
 
 
@@ -98,8 +100,10 @@ def model_card(grades: dict[str, float] | None, samples: int) -> str:
     """The card; `grades` are figures by name, as the grader writes them."""
     table = "Not graded yet.\n"
     if grades:
-        rows = "\n".join(f"| {what} | {figure:.1f} |" for what, figure in grades.items() if what != "prompts")
-        table = GRADE_TABLE.format(prompts=round(grades.get("prompts", 0)), rows=rows)
+        figures = [(what, figure) for what, figure in grades.items() if what != "prompts"]
+        digits = {what: 2 if "seconds" in what else 1 for what, _ in figures}
+        rows = "\n".join(f"| {what} | {figure:.{digits[what]}f} |" for what, figure in figures)
+        table = GRADE_TABLE.format(prompts=round(grades.get("prompts", 0)), rows=rows, steps=STEPS, guidance=GUIDANCE)
     return CARD.format(
         noun_count=len(NOUNS),
         nouns=", ".join(noun.word for noun in NOUNS),
@@ -110,4 +114,6 @@ def model_card(grades: dict[str, float] | None, samples: int) -> str:
         sizes=", ".join(SIZE_NAMES),
         samples=f"{samples:,}",
         grades=table,
+        steps=STEPS,
+        guidance=GUIDANCE,
     )

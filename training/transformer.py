@@ -47,7 +47,6 @@ from training.tokenizer import CaptionTokens, build_tokenizer
 
 EMA_DECAY = 0.996
 ATTRIBUTE_WEIGHT = 0.5
-SIGMA_CENTRE = 1.0
 UNIFORM_SIGMA_SHARE = 0.1
 WARM_UP_STEPS = 150
 DECAY_FROM = 0.5
@@ -68,6 +67,7 @@ class Recipe(NamedTuple):
     text_steps: int = 1500
     muon_rate: float = 0.01
     adam_rate: float = 1.5e-3
+    sigma_centre: float = 1.0
 
 
 class Emoji(nn.Module):
@@ -106,9 +106,10 @@ def attribute_loss(model: Emoji, text: Tensor, batch: CaptionBatch, attributes: 
     return torch.stack(losses).sum()
 
 
-def draw_sigmas(count: int, generator: torch.Generator) -> Tensor:
-    """Mostly high noise, where what the picture shows is decided; one in ten uniform."""
-    sigmas = torch.sigmoid(torch.randn(count, generator=generator) + SIGMA_CENTRE)
+def draw_sigmas(count: int, centre: float, generator: torch.Generator) -> Tensor:
+    """Around `centre` in logits, one in ten uniform. 1.0 is mostly high noise, where what the picture shows is
+    decided; less gives more of the training to crispness."""
+    sigmas = torch.sigmoid(torch.randn(count, generator=generator) + centre)
     uniform = torch.rand(count, generator=generator)
     return torch.where(torch.rand(count, generator=generator) < UNIFORM_SIGMA_SHARE, uniform, sigmas)
 
@@ -120,10 +121,10 @@ class Losses(NamedTuple):
     attributes: Tensor
 
 
-def batch_losses(model: Emoji, table: LatentTable, batch: CaptionBatch, seed: int) -> Losses:
+def batch_losses(model: Emoji, table: LatentTable, batch: CaptionBatch, seed: int, centre: float = 1.0) -> Losses:
     device = table.latents.device
     generator = torch.Generator().manual_seed(seed)
-    sigmas = draw_sigmas(len(batch.rows), generator).to(device)
+    sigmas = draw_sigmas(len(batch.rows), centre, generator).to(device)
     clean = table.latents[batch.rows].float()
     noise = torch.randn(clean.shape, generator=generator).to(device)
     text = model.encode(batch.ids)
@@ -196,7 +197,7 @@ class Worker:
                 group["lr"] = group["peak"] * factor
             optimizer.zero_grad(set_to_none=True)
         seed = self.recipe.seed * 10**9 + self.step * self.count + self.index
-        losses = batch_losses(self.model, self.table, batch, seed)
+        losses = batch_losses(self.model, self.table, batch, seed, self.recipe.sigma_centre)
         (losses.flow + ATTRIBUTE_WEIGHT * losses.attributes).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:

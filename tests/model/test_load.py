@@ -16,9 +16,9 @@ from tests import families
 from tests.model import tiny
 from triptych.errors import DeviceError, LoadError, Unsupported
 from triptych.model.checkpoint import weight_files
-from triptych.model.infos import causal
+from triptych.model.infos import causal, component_infos
 from triptych.model.load import Components, Placement, load_component, meta_component
-from triptych.model.open import component_infos, open_model
+from triptych.model.open import open_model
 from triptych.model.topology import ComponentInfo
 from triptych.model.trust import NO_TRUST, Trust
 

@@ -14,8 +14,10 @@ import torch
 from tests.model import hub_server, tiny
 from triptych.errors import InvalidRequest, LoadError, ModelNotFound, Unsupported
 from triptych.model import StageName, describe, program
+from triptych.model.files import fetch_weights
+from triptych.model.infos import component_infos
 from triptych.model.load import Components, Placement
-from triptych.model.open import component_infos, embedded_models, fetch_weights, open_model
+from triptych.model.open import embedded_models, open_model
 from triptych.model.topology import Source
 from triptych.model.trust import Trust
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from training.reader import Reader, Reading, blur, judge, shares
 from training.scenes import PAIR, SHAPE, SINGLE, Renderer, Scene, draw_scene
 
-COUNTS = {SINGLE: 110, PAIR: 60, SHAPE: 50}
+COUNTS = {SINGLE: 70, PAIR: 40, SHAPE: 30}
 
 
 @pytest.fixture(scope="module")

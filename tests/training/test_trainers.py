@@ -36,7 +36,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 def test_autoencoder_resumes(tmp_path: Path) -> None:
     def trainer(work: Path) -> autoencoder.Trainer:
-        return autoencoder.Trainer(Budget(None, 64), work, "cpu", seed=0, pool_scenes=64)
+        return autoencoder.Trainer(Budget(None, 64), work, "cpu", seed=0, pool_scenes=16)
 
     whole = trainer(tmp_path / "whole")
     for _ in range(4):

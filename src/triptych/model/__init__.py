@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from triptych.model.crossings import SAMPLE_PROMPT, BoundaryTensor, boundary
     from triptych.model.description import describe
     from triptych.model.door import Resolved, resolve
+    from triptych.model.infos import component_infos
     from triptych.model.load import Components, Placement, load_component, meta_component
-    from triptych.model.open import component_infos, embedded_models, open_model
+    from triptych.model.open import embedded_models, open_model
     from triptych.model.programs import program, unsplit
     from triptych.model.topology import (
         STAGES,
@@ -34,7 +35,8 @@ _HOMES = {
     "crossings": ("SAMPLE_PROMPT", "BoundaryTensor", "boundary"),
     "description": ("describe",),
     "load": ("Components", "Placement", "load_component", "meta_component"),
-    "open": ("component_infos", "embedded_models", "open_model"),
+    "infos": ("component_infos",),
+    "open": ("embedded_models", "open_model"),
     "contract": ("StageProgram", "Step", "TaskInputs", "TaskOutputs"),
     "programs": ("program", "unsplit"),
     "topology": (

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +13,11 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, Modula
 
 from triptych.errors import LoadError, Unsupported
 from triptych.model import blocks as modular
+from triptych.model.declared import folder_defaults, hint_name, plain_default
 from triptych.model.families import Family, resolve_family, wrong_in_modular
 from triptych.model.index import read_index as check_index
+from triptych.model.infos import component_infos
 from triptych.model.load import component_config, meta_component
-from triptych.model.open import component_infos
 from triptych.model.topology import (
     STAGES,
     ComponentInfo,
@@ -32,7 +31,7 @@ from triptych.model.topology import (
 )
 from triptych.model.trust import Trust
 
-__all__ = ["describe", "folder_defaults"]
+__all__ = ["describe"]
 
 DENOISERS = ("transformer", "unet", "prior")
 GENERATOR_STATE = "generator_state"
@@ -41,7 +40,6 @@ OUTPUT_COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
 NOT_REQUESTED = frozenset(
     {"generator", "output_type", "timesteps", "dtype", "batch_size", "latents", "device", "padding_mask_crop"}
 )
-DEFAULTS_FILE = "triptych.json"
 
 
 @dataclass(frozen=True)
@@ -207,10 +205,14 @@ class _Ports:
     def outputs(self, stage: StageName) -> tuple[Port, ...]:
         """What later stages want of what this one makes, and of what it merely hands on."""
         if stage == "decode":
-            return tuple(Port(item.name, None, _hint(item)) for item in self.made[stage].values() if _is_media(item))
+            return tuple(
+                Port(item.name, None, hint_name(item.type_hint))
+                for item in self.made[stage].values()
+                if _is_media(item)
+            )
         names, tags = self._later(stage)
         ports = [
-            Port(item.name, item.kwargs_type, _hint(item))
+            Port(item.name, item.kwargs_type, hint_name(item.type_hint))
             for item in self.made[stage].values()
             if item.name in names or item.kwargs_type in tags
         ]
@@ -236,7 +238,13 @@ class _Ports:
         made = {name for other in STAGES[: STAGES.index(stage)] for name in self.made[other]}
         given = [item for item in self.declared[stage] if item.name and _is_requested(item)]
         return tuple(
-            InputInfo(item.name, _plain(item.default), bool(item.required), _hint(item), item.description or "")
+            InputInfo(
+                item.name,
+                plain_default(item.default),
+                bool(item.required),
+                hint_name(item.type_hint),
+                item.description or "",
+            )
             for item in given
             if item.name in taken and (item.name not in made or item.name in ("height", "width"))
         )
@@ -253,38 +261,8 @@ def _is_media(item: Any) -> bool:
 
 
 def _is_requested(item: Any) -> bool:
-    hint = _hint(item)
+    hint = hint_name(item.type_hint)
     return item.name not in NOT_REQUESTED and not ("Tensor" in hint and "image" not in hint.lower())
-
-
-def _hint(item: Any) -> str:
-    hint = item.type_hint
-    if hint is None:
-        return ""
-    return hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
-
-
-def _plain(value: Any) -> Any:
-    """The default if it is JSON, else None."""
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError):
-        return None
-
-
-def folder_defaults(source: Source) -> dict[str, Any]:
-    """The `defaults` of the folder's own triptych.json, {} if it has none. Raises LoadError if it is broken."""
-    path = Path(source.folder) / DEFAULTS_FILE
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LoadError(f"{DEFAULTS_FILE} of {source.name} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise LoadError(f"{DEFAULTS_FILE} of {source.name} holds no object")
-    known = {name for name in Defaults.__dataclass_fields__}
-    return {key: value for key, value in found.get("defaults", found).items() if key in known}
 
 
 def _with_facts(
@@ -300,7 +278,7 @@ def _with_facts(
         if name in model.infos:
             setattr(pipe, name, SimpleNamespace(config=FrozenDict(component_config(model.source, model.infos[name]))))
     if "vae" in model.infos:
-        pipe.vae = meta_component(model.source, model.infos["vae"])
+        setattr(pipe, "vae", meta_component(model.source, model.infos["vae"]))  # noqa: B010 (a component, not an attribute)
     scale = _spatial_scale(pipe)
     video = any(port.name == "videos" for stage in stages for port in stage.outputs)
     inputs = {item.name: item for stage in stages for item in stage.request_inputs}

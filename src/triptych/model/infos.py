@@ -7,12 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from triptych.model import hub
-from triptych.model.checkpoint import DTYPES, WeightFiles, read_header, read_json, read_shards, weight_files
+from triptych.model.checkpoint import WeightFiles, read_header, read_json
+from triptych.model.files import ITEMSIZE, file_sizes, prevailing, weights_of
 from triptych.model.index import Entry, read_index
 from triptych.model.topology import ComponentInfo, Source
-
-ITEMSIZE = dict(DTYPES.values())
 
 logger = logging.getLogger(__name__)
 
@@ -21,31 +19,6 @@ def component_infos(source: Source) -> dict[str, ComponentInfo]:
     """Every component that the model's index names, by name. Weights of a hub source that are not in the cache are
     described by what the hub tells of them; their dtype may be unknown then. Raises LoadError for damaged headers."""
     return {name: _info(source, entry) for name, entry in read_index(source).entries.items()}
-
-
-def weights_of(source: Source, subfolder: str) -> WeightFiles | None:
-    """A component's weight files by name, wherever they are; None if it has none."""
-    folder = Path(source.folder) / subfolder
-    names = _sizes(source, subfolder)
-    shards = {
-        name: tuple(read_shards(folder / name))
-        for name in names
-        if ".safetensors.index." in name and (folder / name).is_file()
-    }
-    return weight_files(names, shards)
-
-
-def _sizes(source: Source, subfolder: str) -> dict[str, int]:
-    """Bytes of each file directly in a component's folder, those that are still on the hub included."""
-    prefix = f"{subfolder}/"
-    sizes = {}
-    if source.kind == "hub":
-        remote = hub.remote_sizes(source)
-        sizes = {path.removeprefix(prefix): size for path, size in remote.items() if path.startswith(prefix)}
-    folder = Path(source.folder) / subfolder
-    if folder.is_dir():
-        sizes.update({path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()})
-    return {name: size for name, size in sizes.items() if "/" not in name}
 
 
 def _info(source: Source, entry: Entry) -> ComponentInfo:
@@ -75,7 +48,7 @@ def _measure(
     folder = Path(source.folder) / entry.subfolder
     here = [folder / file for file in weights.files if (folder / file).is_file()]
     if weights.pickle:
-        sizes = _sizes(source, entry.subfolder)
+        sizes = file_sizes(source, entry.subfolder)
         return 0, sum(sizes.get(file, 0) for file in weights.files), None
     if weights.files and len(here) == len(weights.files):
         elements: Counter[str] = Counter()
@@ -88,17 +61,12 @@ def _measure(
     return _measure_remote(source, entry, weights, config)
 
 
-def prevailing(elements: Counter[str]) -> str | None:
-    """The dtype of most bytes; None of none."""
-    return max(elements, key=lambda dtype: elements[dtype] * ITEMSIZE.get(dtype, 1)) if elements else None
-
-
 def _measure_remote(
     source: Source, entry: Entry, weights: WeightFiles, config: dict[str, Any]
 ) -> tuple[int, int, str | None]:
     """By the sizes that the hub or the shards' index tells. Elements are counted on the configuration's own model,
     without memory, and the dtype follows from bytes per element where only one fits."""
-    sizes = _sizes(source, entry.subfolder)
+    sizes = file_sizes(source, entry.subfolder)
     metadata: dict[str, Any] = {}
     if weights.index and (path := Path(source.folder) / entry.subfolder / weights.index).is_file():
         metadata = read_json(path).get("metadata") or {}

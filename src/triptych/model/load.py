@@ -19,9 +19,8 @@ import torch
 from triptych.errors import DeviceError, LoadError, NotEnoughMemory, TriptychError, Unsupported
 from triptych.model import processors
 from triptych.model.checkpoint import WeightFiles, read_header, read_json, read_shards
+from triptych.model.files import fetch_weights, prevailing, weights_of
 from triptych.model.index import installed_library
-from triptych.model.infos import prevailing, weights_of
-from triptych.model.open import fetch_weights
 from triptych.model.topology import ComponentInfo, Source
 from triptych.model.trust import NO_TRUST, Trust
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from triptych.errors import InvalidRequest, ModelNotFound
 from triptych.model import hub
 from triptych.model.index import INDEX_FILES, read_index
-from triptych.model.infos import component_infos, weights_of
-from triptych.model.topology import ComponentInfo, Source
+from triptych.model.topology import Source
 from triptych.model.trust import NO_TRUST, Trust
 
-__all__ = ["component_infos", "embedded_models", "fetch_weights", "open_model"]
+__all__ = ["embedded_models", "open_model"]
 
 EMBEDDED = Path(__file__).parent / "embedded"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -56,13 +55,3 @@ def _find(name: str, revision: str | None, offline: bool, trust: Trust) -> Sourc
     if revision is not None:
         raise InvalidRequest.of("revision", revision, f"none, as {name!r} is not on a hub")
     return source
-
-
-def fetch_weights(source: Source, spec: ComponentInfo) -> None:
-    """Brings one component's weights, and no other's, to `source.folder`. Does nothing unless the source is on a hub.
-    Raises LoadError naming the files that cannot be had."""
-    if source.kind != "hub":
-        return
-    weights = weights_of(source, spec.subfolder)
-    if weights is not None:
-        hub.fetch(source, [f"{spec.subfolder}/{file}" for file in weights.files])

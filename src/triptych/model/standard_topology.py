@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from diffusers import DiffusionPipeline
 from triptych.errors import LoadError, Unsupported
 from triptych.model.anatomy import Anatomy, anatomy
 from triptych.model.checkpoint import read_json
+from triptych.model.declared import folder_defaults, hint_name, plain_default
 from triptych.model.index import read_index
 from triptych.model.load import component_class, meta_component
 from triptych.model.pipeline import guidance_field, pipeline_class
@@ -240,29 +240,23 @@ def _whole(model: _Model) -> StageTopology:
 def _request_inputs(call: Mapping[str, inspect.Parameter]) -> tuple[InputInfo, ...]:
     """The arguments that a person may give: no run-time objects, and no tensors but pictures."""
     return tuple(
-        InputInfo(name, _plain(parameter.default), parameter.default is parameter.empty, _hint(parameter))
+        InputInfo(
+            name,
+            plain_default(parameter.default),
+            parameter.default is parameter.empty,
+            hint_name(_annotation(parameter)),
+        )
         for name, parameter in call.items()
         if name != "self"
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         and name not in _RUN_TIME
         and not name.endswith(("_kwargs", "_embeds", "_attention_mask"))
-        and (is_media(name) or "Tensor" not in _hint(parameter))
+        and (is_media(name) or "Tensor" not in hint_name(_annotation(parameter)))
     )
 
 
-def _hint(parameter: inspect.Parameter) -> str:
-    hint = parameter.annotation
-    if hint is parameter.empty:
-        return ""
-    return hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
-
-
-def _plain(value: Any) -> Any:
-    """The default if it is JSON, else None."""
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError):
-        return None
+def _annotation(parameter: inspect.Parameter) -> Any:
+    return None if parameter.annotation is parameter.empty else parameter.annotation
 
 
 def _latent_scale(model: _Model) -> int:
@@ -305,8 +299,6 @@ def _guidance(model: _Model) -> Literal["classifier_free", "embedded", "none"]:
 
 def _defaults(model: _Model, scale: int) -> Defaults:
     """From the call's own defaults, then the sizes that the denoiser was trained at, under the folder's own file."""
-    from triptych.model.description import folder_defaults  # describe imports this module
-
     trained = model.denoiser
     field = guidance_field(_guidance(model), model.call)
     found = {
@@ -324,7 +316,7 @@ def _defaults(model: _Model, scale: int) -> Defaults:
 
 def _default(model: _Model, *names: str) -> Any:
     parameter = next((model.call[name] for name in names if name in model.call), None)
-    return _plain(parameter.default) if parameter is not None else None
+    return plain_default(parameter.default) if parameter is not None else None
 
 
 def _times(config: Mapping[str, Any], names: Iterable[str], scale: int) -> int | None:

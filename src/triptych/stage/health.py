@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import torch
 
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+from triptych.transfer import tensors_in
 
 
 def is_finite(value: Any) -> bool:
     """Whether every floating tensor in a (nested) result is free of NaN and infinity."""
-    return all(bool(torch.isfinite(t).all()) for t in _tensors(value) if t.is_floating_point())
+    return all(bool(torch.isfinite(t).all()) for t in tensors_in(value) if t.is_floating_point())
 
 
 def first_bad_weight(module: torch.nn.Module) -> str | None:

@@ -1,5 +1,5 @@
 """What crosses between stages, and how."""
 
-from triptych.transfer.payload import Payload, decode_payload, encode_payload
+from triptych.transfer.payload import Payload, decode_payload, encode_payload, tensors_in
 
-__all__ = ["Payload", "decode_payload", "encode_payload"]
+__all__ = ["Payload", "decode_payload", "encode_payload", "tensors_in"]

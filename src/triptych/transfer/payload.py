@@ -51,7 +51,7 @@ class Payload:
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor, in the order in which the values hold them."""
         for value in self.values.values():
-            yield from _walk(value)
+            yield from tensors_in(value)
 
     def nbytes(self) -> int:
         """The bytes of all tensors together."""
@@ -100,15 +100,16 @@ def _check(path: str, value: Any, depth: int) -> None:
         raise WrongPayload(f"a {type(value).__module__}.{type(value).__name__} cannot cross between stages", field=path)
 
 
-def _walk(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested dicts, lists and tuples, in their order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _walk(item)
+            yield from tensors_in(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _walk(item)
+            yield from tensors_in(item)
 
 
 def _memory_order(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -10,22 +10,22 @@ import torch
 
 from triptych.device import pick_device, pick_dtype
 from triptych.errors import StageFailed, TriptychError
-from triptych.model import Components, Placement, Trust, describe, open_model
+from triptych.model import Components, Placement, describe, open_model
 from triptych.stage import Failed, GatherStage, Output, Refused, StageTask, StepDone
 from triptych.worker import wire
 from triptych.worker.stages import build_stage
+from triptych.worker.wire import StageSpec
 
 
-def open_stage(order: wire.Open) -> GatherStage:
+def open_stage(spec: StageSpec) -> GatherStage:
     """Opens the model and loads the stage. Raises TriptychError."""
-    if order.threads:
-        torch.set_num_threads(order.threads)
-    trust = Trust(order.pickle_weights, order.remote_code)
-    device = pick_device(order.device)
-    source = open_model(order.model, revision=order.revision, offline=order.offline, trust=trust)
-    topology = describe(source, order.workflow, trust)
-    placement = Placement(device, pick_dtype(order.dtype, device))
-    stage = build_stage(topology, order.stage, Components(source, trust), placement, capacity=1)
+    if spec.threads:
+        torch.set_num_threads(spec.threads)
+    device = pick_device(spec.device)
+    source = open_model(spec.model, revision=spec.revision, offline=spec.offline, trust=spec.trust)
+    topology = describe(source, spec.workflow, spec.trust)
+    placement = Placement(device, pick_dtype(spec.dtype, device))
+    stage = build_stage(topology, spec.stage, Components(source, spec.trust), placement, capacity=1)
     stage.load(lambda _: None)
     return stage
 
@@ -56,7 +56,7 @@ def serve(connection: socket.socket) -> None:
             if isinstance(message, wire.Open):
                 if stage is not None:
                     stage.close()
-                stage = open_stage(message)
+                stage = open_stage(message.spec)
                 weighty = (name for name, part in stage.program.components.items() if _has_weights(part))
                 wire.send(connection, wire.Opened(tuple(sorted(weighty))))
             elif isinstance(message, wire.Run) and stage is not None and payload is not None:

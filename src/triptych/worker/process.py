@@ -6,30 +6,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import TracebackType
 
 from triptych.errors import StageFailed, TriptychError
-from triptych.model import Trust
-from triptych.request import StageName
 from triptych.stage import Output, StageTask
 from triptych.transfer import Payload
 from triptych.worker import wire
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """Which stage of which model to hold, and where. The same fields as `Engine.open`."""
-
-    model: str
-    stage: StageName
-    workflow: str | None = None
-    device: str = "auto"
-    dtype: str | None = None
-    revision: str | None = None
-    offline: bool = False
-    trust: Trust = field(default_factory=Trust)
-    threads: int | None = None
+from triptych.worker.wire import StageSpec
 
 
 class StageProcess:
@@ -49,19 +32,7 @@ class StageProcess:
         Raises what opening or loading raised there, as a TriptychError.
         """
         self._stage = spec.stage
-        message = wire.Open(
-            spec.model,
-            spec.stage,
-            spec.workflow,
-            spec.device,
-            spec.dtype,
-            spec.revision,
-            spec.offline,
-            spec.trust.pickle_weights,
-            spec.trust.remote_code,
-            spec.threads,
-        )
-        wire.send(self._socket, message)
+        wire.send(self._socket, wire.Open(spec))
         answer, _ = self._receive("")
         assert isinstance(answer, wire.Opened)
         return answer.components

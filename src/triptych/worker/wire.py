@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from triptych.errors import WrongPayload
+from triptych.model import Trust
 from triptych.request import StageName
 from triptych.transfer import Payload, decode_payload, encode_payload
 
@@ -18,8 +20,9 @@ MAX_FRAME = 1 << 36
 PICTURES = ("image", "mask_image")
 
 
-class Open(msgspec.Struct, tag=True, frozen=True):
-    """Open a model and load one stage of it."""
+@dataclass(frozen=True)
+class StageSpec:
+    """Which stage of which model to hold, and where. The same fields as `Engine.open`; `threads` are torch's."""
 
     model: str
     stage: StageName
@@ -28,9 +31,14 @@ class Open(msgspec.Struct, tag=True, frozen=True):
     dtype: str | None = None
     revision: str | None = None
     offline: bool = False
-    pickle_weights: bool = False
-    remote_code: bool = False
+    trust: Trust = field(default_factory=Trust)
     threads: int | None = None
+
+
+class Open(msgspec.Struct, tag=True, frozen=True):
+    """Open a model and load one stage of it."""
+
+    spec: StageSpec
 
 
 class Opened(msgspec.Struct, tag=True, frozen=True):
