@@ -59,6 +59,14 @@ def write_papers(folder: Path, grades: dict[str, float] | None, samples: int) ->
     (folder / "README.md").write_text(model_card(grades, samples), encoding="utf-8")
 
 
+def forget_origins(folder: Path) -> None:
+    """Drops the paths that diffusers notes of where a component was loaded from: they mean nothing elsewhere."""
+    for path in folder.rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -75,6 +83,7 @@ def main() -> None:
         build_pipeline(arguments.work).save_pretrained(arguments.folder)
         for path in arguments.folder.rglob("*.safetensors"):
             path.chmod(0o644)
+        forget_origins(arguments.folder)
     grades = json.loads(arguments.grades.read_text(encoding="utf-8")) if arguments.grades else None
     write_papers(arguments.folder, grades, state["seen"])
     print(f"{arguments.folder.name}: {folder_bytes(arguments.folder) / 1e6:.2f} MB, {state['seen']} samples")

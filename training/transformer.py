@@ -297,8 +297,12 @@ def load_autoencoder(folder: Path, device: str) -> AutoencoderKLQwenImage:
 def prepare(arguments: argparse.Namespace) -> Trainer:
     """Resume from the work folder, else start from a package, else from nothing."""
     recipe = Recipe(**{name: getattr(arguments, name) for name in Recipe._fields})
-    own = arguments.work / "autoencoder"
-    autoencoder = load_autoencoder(own if own.exists() else arguments.init / "vae", arguments.device)
+    folder = arguments.work / "autoencoder"
+    if not folder.exists():
+        if arguments.init is None:
+            raise SystemExit("no autoencoder in --work: run training.autoencoder first, or give --init")
+        folder = arguments.init / "vae"
+    autoencoder = load_autoencoder(folder, arguments.device)
     trainer = Trainer(recipe, budget_of(arguments), arguments.work, arguments.device, autoencoder, arguments.workers)
     if trainer.path.exists() and not arguments.fresh:
         trainer.resume()

@@ -11,11 +11,11 @@ import typer
 
 from triptych import __version__
 from triptych.cli.check import check
-from triptych.cli.console import hush
 from triptych.cli.doctor import doctor
 from triptych.cli.generate import generate
 from triptych.cli.inspect import inspect
 from triptych.errors import Cancelled, TriptychError
+from triptych.noise import hush
 
 __all__ = ["app", "main"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from triptych.request import Progress, StageTime
     from triptych.stage import LoadProgress
 
-__all__ = ["Display", "human_bytes", "hush", "note", "times_table", "warn"]
+__all__ = ["Display", "human_bytes", "note", "times_table", "warn"]
 
 _LINES_PER_STAGE = 10
 
@@ -41,16 +40,6 @@ def human_bytes(count: float) -> str:
         count /= 1024
         del units[0]
     return f"{count:.0f} {units[0]}" if count >= 100 else f"{count:.3g} {units[0]}"
-
-
-def hush() -> None:
-    """Keeps transformers from telling on standard error, at import, that torchvision is absent: nothing is
-    lost by it, and `triptych doctor` lists it. Costs no import of transformers."""
-    logging.getLogger("transformers.utils.import_utils").addFilter(_worth_telling)
-
-
-def _worth_telling(record: logging.LogRecord) -> bool:
-    return "requires torchvision (not installed)" not in record.getMessage()
 
 
 class Display:

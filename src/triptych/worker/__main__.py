@@ -11,6 +11,7 @@ import torch
 from triptych.device import pick_device, pick_dtype
 from triptych.errors import StageFailed, TriptychError
 from triptych.model import Components, Placement, describe, open_model
+from triptych.noise import hush
 from triptych.stage import Failed, GatherStage, Output, Refused, StageTask, StepDone
 from triptych.worker import wire
 from triptych.worker.stages import build_stage
@@ -82,5 +83,6 @@ def _has_weights(part: object) -> bool:
 
 
 if __name__ == "__main__":
+    hush()
     with contextlib.suppress(EOFError, OSError):
         serve(socket.socket(fileno=int(sys.argv[1])))
