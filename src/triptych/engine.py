@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import queue
 import threading
 import uuid
@@ -16,7 +18,7 @@ from PIL import Image
 
 from triptych.decode import LatentPreview, load_preview_vae, to_clips, to_images
 from triptych.device import free_bytes, pick_device, pick_dtype
-from triptych.errors import Cancelled, TriptychError, Unsupported
+from triptych.errors import Cancelled, InvalidRequest, TriptychError, Unsupported
 from triptych.model import Components, Placement, Resolved, Topology, Trust, describe, open_model, resolve
 from triptych.request import Progress, Request, Result, StageName, StageTime
 from triptych.stage import (
@@ -35,6 +37,10 @@ from triptych.worker import build_stage
 
 __all__ = ["Engine", "Job"]
 
+logger = logging.getLogger(__name__)
+
+Event = Progress | Result | TriptychError
+
 
 @dataclass(eq=False)
 class Job:
@@ -45,13 +51,17 @@ class Job:
     resolved: Resolved
     preview: bool
     _engine: Engine
-    _inbox: queue.SimpleQueue[Progress | Result | TriptychError] = field(default_factory=queue.SimpleQueue)
+    _listener: Callable[[Event], None] | None = None
+    _inbox: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue)
     _times: list[StageTime] = field(default_factory=list)
 
     def events(self) -> Iterator[Progress | Result]:
-        """Progress as it happens, then the Result. Raises what the job failed with, or Cancelled."""
+        """Progress as it happens, then the Result; once that has been read, the Result alone. Raises what the job
+        failed with, or Cancelled."""
         while True:
             event = self._inbox.get()
+            if not isinstance(event, Progress):
+                self._inbox.put(event)  # the outcome stays, for whoever else waits or asks again
             if isinstance(event, TriptychError):
                 raise event
             yield event
@@ -116,6 +126,7 @@ class Engine:
         `device`: auto, cpu, cuda, xpu or mps (with an index if there are several); `dtype`: float32, bfloat16 or
         float16 (None: as on disk, float32 on a CPU); `capacity`: jobs per stage at once; `preview_vae`: the folder of
         a tiny VAE that takes the model's own's place in previews (None: a linear map fitted to the model's own).
+        Loading changes torch's default dtype for its moment, process-wide: open no engine while another generates.
         Raises ModelNotFound, LoadError, DeviceError, Unsupported or InvalidRequest.
         """
         trust = trust or Trust()
@@ -127,6 +138,8 @@ class Engine:
         stages: dict[StageName, GatherStage] = {
             part.name: build_stage(topology, part.name, components, placement, capacity) for part in topology.stages
         }
+        if capacity < 1:
+            raise InvalidRequest.of("capacity", capacity, "at least 1")
         tiny = None if preview_vae is None else load_preview_vae(preview_vae, placement, trust)
         engine = cls(topology, stages, lambda: free_bytes(target), tiny)
         engine._thread.start()
@@ -135,26 +148,34 @@ class Engine:
 
     def _load(self, report: Callable[[LoadProgress], None]) -> None:
         """Loads every stage on the engine's own thread, where all of their work happens."""
-        done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
         def load() -> None:
             try:
                 for stage in self._stages.values():
                     stage.load(report)
                 done.put(None)
-            except Exception as error:
+            except BaseException as error:  # also an exit that a library or a callback asks for
                 done.put(error)
 
         self._send(load)
-        error = done.get()
+        try:
+            error = done.get()
+        except BaseException:
+            self._stop()  # Ctrl-C: what is being loaded is not waited for
+            raise
         if error is not None:
             self.close()
             raise error
 
     def submit(self, request: Request, *, preview: bool = False) -> Job:
         """Checks the request and starts it. Raises InvalidRequest or NotEnoughMemory, before any work."""
+        return self._submit(request, preview)
+
+    def _submit(self, request: Request, preview: bool, listener: Callable[[Event], None] | None = None) -> Job:
+        """`listener` is told of every event, on the engine's thread, in place of the job's inbox."""
         resolved = resolve(self.topology, request, self._memory())
-        job = Job(uuid.uuid4().hex, resolved, preview, self)
+        job = Job(uuid.uuid4().hex, resolved, preview, self, listener)
         self._send(lambda: self._begin(job))
         return job
 
@@ -178,12 +199,19 @@ class Engine:
         raise AssertionError("a job ends with its result or an error")
 
     async def astream(self, request: Request, *, preview: bool = False) -> AsyncGenerator[Progress | Result, None]:
-        """`stream` for asyncio."""
-        job = await asyncio.to_thread(self.submit, request, preview=preview)
-        events = job.events()
+        """`stream` for asyncio. Waiting takes no thread of the loop's executor."""
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+        def listen(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody listens
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        job = self._submit(request, preview, listen)
         try:
             while True:
-                event = await asyncio.to_thread(next, events)
+                event = await events.get()
+                if isinstance(event, TriptychError):
+                    raise event
                 yield event
                 if isinstance(event, Result):
                     return
@@ -192,13 +220,17 @@ class Engine:
 
     def close(self) -> None:
         """Cancels what runs and lets the model go. Closing twice is fine."""
+        if self._stop() and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _stop(self) -> bool:
+        """Tells the thread to end; False if it was told before."""
         with self._closing:
             if self._closed:
-                return
+                return False
             self._closed = True
             self._orders.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+            return True
 
     def __enter__(self) -> Engine:
         return self
@@ -238,6 +270,7 @@ class Engine:
                 self._end(job, reason)
             for stage in self._stages.values():
                 stage.close()
+            self._stages, self._preview_vae = {}, None
 
     def _drain(self) -> None:
         """Takes in the orders that came while closing, so that nobody waits for an answer that never comes."""
@@ -257,9 +290,20 @@ class Engine:
 
     def _begin(self, job: Job) -> None:
         self._jobs[job.id] = job
-        if job.preview and not self._previews:
-            self._start_previews()
-        self._queue(self._order[0], job, None)
+        with self._alone(job):
+            if job.preview and not self._previews:
+                self._start_previews()
+            self._queue(self._order[0], job, None)
+
+    @contextlib.contextmanager
+    def _alone(self, job: Job) -> Iterator[None]:
+        """What goes wrong with one job ends that job."""
+        try:
+            yield
+        except Exception as error:
+            logger.exception("job %s", job.id)
+            known = isinstance(error, TriptychError)
+            self._end(job, error if known else TriptychError(f"{type(error).__name__}: {error}"))
 
     def _start_previews(self) -> None:
         self._previews = True
@@ -296,14 +340,15 @@ class Engine:
         job = self._jobs.get(event.job)
         if job is None:
             return
-        if isinstance(event, Failed):
-            self._end(job, event.error)
-        elif isinstance(event, StepDone):
-            picture = None if event.preview is None else Image.fromarray(event.preview.numpy())
-            job._inbox.put(Progress(job.id, name, event.step, event.steps, event.seconds, picture))
-        else:
-            job._times.append(StageTime(name, event.seconds, event.steps, event.peak_bytes))
-            self._pass_on(job, name, event.payload)
+        with self._alone(job):
+            if isinstance(event, Failed):
+                self._end(job, event.error)
+            elif isinstance(event, StepDone):
+                picture = None if event.preview is None else Image.fromarray(event.preview.numpy())
+                _tell(job, Progress(job.id, name, event.step, event.steps, event.seconds, picture))
+            else:
+                job._times.append(StageTime(name, event.seconds, event.steps, event.peak_bytes))
+                self._pass_on(job, name, event.payload)
 
     def _pass_on(self, job: Job, name: StageName, payload: Payload) -> None:
         following = self._order.index(name) + 1
@@ -314,7 +359,7 @@ class Engine:
 
     def _end(self, job: Job, outcome: Result | TriptychError) -> None:
         self._jobs.pop(job.id, None)
-        job._inbox.put(outcome)
+        _tell(job, outcome)
 
     def _cancel(self, job: Job) -> None:
         if job.id not in self._jobs:
@@ -323,6 +368,13 @@ class Engine:
             self._waiting[name] = [task for task in self._waiting[name] if task.job != job.id]
             stage.cancel(job.id)
         self._end(job, Cancelled("the job was cancelled"))
+
+
+def _tell(job: Job, event: Event) -> None:
+    if job._listener is not None:
+        job._listener(event)
+    else:
+        job._inbox.put(event)
 
 
 def _result(topology: Topology, job: Job, payload: Payload) -> Result:

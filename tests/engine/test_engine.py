@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -161,3 +163,54 @@ def test_a_closed_engine_says_so() -> None:
     job.cancel()
     with pytest.raises(Unsupported):
         engine.generate(ask())
+
+
+def test_a_jobs_outcome_can_be_asked_for_again(engine: Engine) -> None:
+    job = engine.submit(ask())
+    events = list(job.events())
+    assert job.result() is events[-1] and list(job.events()) == events[-1:]
+
+
+def test_many_waiting_coroutines_leave_the_loops_threads_alone(engine: Engine) -> None:
+    async def crowd() -> int:
+        tasks = [asyncio.create_task(engine.agenerate(ask(num_inference_steps=200))) for _ in range(40)]
+        await asyncio.sleep(0.1)
+        answer = await asyncio.wait_for(asyncio.to_thread(lambda: 42), timeout=20)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return answer
+
+    assert asyncio.run(crowd()) == 42
+    engine.generate(ask())
+    assert not engine._jobs
+
+
+def test_previews_do_not_depend_on_who_asked_first() -> None:
+    def shown(first: int) -> list[bytes]:
+        with Engine.open(str(folder("flux")), workflow="text2image", device="cpu") as opened:
+            list(opened.stream(ask(width=first, height=first), preview=True))
+            events = list(opened.stream(ask(), preview=True))
+        pictures = [event.preview for event in events if isinstance(event, Progress)]
+        return [picture.tobytes() for picture in pictures if picture is not None]
+
+    assert shown(16) == shown(64) and len(shown(64)) == 3
+
+
+def test_no_engine_without_capacity_and_none_half_open() -> None:
+    with pytest.raises(InvalidRequest, match="capacity"):
+        Engine.open(str(folder("flux")), device="cpu", capacity=0)
+
+    def leave(_: object) -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        Engine.open(str(folder("flux")), device="cpu", report=leave)
+
+
+def test_closing_lets_the_weights_go() -> None:
+    with Engine.open(str(folder("flux")), workflow="text2image", device="cpu") as opened:
+        weight = weakref.ref(opened._stages["denoise"].program.components["transformer"])
+        opened.generate(ask())
+    gc.collect()
+    assert weight() is None

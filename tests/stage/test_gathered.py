@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
 
 from tests.stage.toy import SOURCE, Network, ToyProgram
-from triptych.errors import StageFailed, WrongPayload
-from triptych.model import Components, Placement, TaskInputs
+from triptych.errors import Cancelled, StageFailed, WrongPayload
+from triptych.model import Components, Placement, TaskInputs, TaskOutputs
 from triptych.stage import (
     Admitted,
     Failed,
     Full,
     GatherStage,
+    Live,
     Output,
     Refused,
     StageEvent,
@@ -39,9 +42,13 @@ def make(capacity: int = 8, network: Network | None = None) -> GatherStage:
 
 
 def drive(stage: GatherStage) -> list[StageEvent]:
+    """Runs all tasks to their ends; at every switch grad mode is off and the process' generator is where it was."""
     events: list[StageEvent] = []
+    drawn = torch.get_rng_state()
     for _ in range(200):
         events += stage.step()
+        assert not torch.is_grad_enabled()
+        assert torch.equal(torch.get_rng_state(), drawn)
     return events
 
 
@@ -72,8 +79,8 @@ def test_modes_are_checked_at_every_switch() -> None:
         gather.stand_ins["net"](torch.ones(1, 2))
 
     with pytest.raises(ModeChanged):
-        gather.resume(gather.start(leaks))
-    torch.set_grad_enabled(False)
+        gather.begin(gather.start(leaks))
+    assert not torch.is_grad_enabled(), "the next task runs in the right mode"
 
 
 def test_grad_mode_holds_while_tasks_enter_and_leave_no_grad() -> None:
@@ -87,7 +94,7 @@ def test_grad_mode_holds_while_tasks_enter_and_leave_no_grad() -> None:
             seen.append(torch.is_grad_enabled())
 
     tasks = [gather.start(lambda n=n: body(n)) for n in (3, 1, 2)]
-    parked = [(task, gather.resume(task)) for task in tasks]
+    parked = [(task, gather.begin(task)) for task in tasks]
     while parked:
         task, reached = parked.pop(0)
         assert isinstance(reached, Parked)
@@ -165,3 +172,40 @@ def test_close_drops_what_runs() -> None:
     stage.close()
     assert stage.step() == []
     assert isinstance(stage.admit(StageTask("b", {"num_inference_steps": 1}, 0)), Refused)
+
+
+def test_a_result_that_cannot_cross_fails_its_task_alone() -> None:
+    class Picky(GatherStage):
+        def _payload(self, live: Live, outputs: TaskOutputs) -> Payload:
+            if live.task.job == "bad":
+                raise RuntimeError("stack expects each tensor to be equal size")
+            return super()._payload(live, outputs)
+
+    stage = Picky(ToyProgram(Network()), Components(SOURCE), Placement(torch.device("cpu")))
+    stage.load(lambda _: None)
+    for job in ("bad", "good"):
+        stage.admit(StageTask(job, {"num_inference_steps": 1}, 0))
+    events = drive(stage)
+    assert [event.job for event in events if isinstance(event, Failed)] == ["bad"]
+    assert [event.job for event in events if isinstance(event, Output)] == ["good"]
+
+
+def test_what_the_topology_does_not_declare_is_refused() -> None:
+    payload = Payload({"start": torch.ones(1), "height": 9})
+    refused = make().admit(StageTask("a", {"num_inference_steps": 1}, 0, payload=payload))
+    assert isinstance(refused, Refused) and refused.error.field == "height"
+
+
+def test_a_task_that_swallows_its_cancellation_is_gone_all_the_same() -> None:
+    class Stubborn(ToyProgram):
+        def run(self, task: TaskInputs, stand_ins: Mapping[str, Any], on_step: Any = None) -> TaskOutputs:
+            while True:
+                with contextlib.suppress(Cancelled):
+                    stand_ins["transformer"](torch.ones(1, 4))
+
+    stage = GatherStage(Stubborn(Network()), Components(SOURCE), Placement(torch.device("cpu")))
+    stage.load(lambda _: None)
+    stage.admit(StageTask("a", {}, 0))
+    stage.step()
+    stage.cancel("a")
+    assert stage.step() == [] and stage.admit(StageTask("a", {}, 0)) == Admitted()

@@ -60,8 +60,16 @@ def test_a_dead_process_is_a_clear_error() -> None:
     with StageProcess() as process:
         process.open(spec())
         process._child.kill()
+        process._child.wait()
         with pytest.raises(StageFailed, match="died"):
             process.run(task())
+        with pytest.raises(StageFailed, match="died"):
+            process.open(spec())
+
+
+def test_a_process_without_a_stage_says_so() -> None:
+    with StageProcess() as process, pytest.raises(TriptychError, match="no stage is open"):
+        process.run(task())
 
 
 def test_pictures_among_the_fields_cross_bit_for_bit() -> None:

@@ -90,14 +90,14 @@ class LatentPreview:
 
     def _fit(self, fields: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
         """(channels + 1, 3) in fp32: RGB in 0…1 from latents, the last row the bias."""
+        # What stands before the VAE is affine per channel: zeros and ones tell it, whatever the request's size.
+        low, high = (self._vae_input(fields, torch.full_like(latents, value)).float() for value in (0.0, 1.0))
+        channels = low.shape[1]
+        mean = low.transpose(0, 1).reshape(channels, -1)[:, 0]
+        std = high.transpose(0, 1).reshape(channels, -1)[:, 0] - mean
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        z = self._vae_input(fields, noise).float()
-        channels = z.shape[1]
-        flat = z.transpose(0, 1).reshape(channels, -1)
-        mean, std = flat.mean(1), flat.std(1)
-        sample = _smooth_noise(SAMPLES, channels, generator).to(z.device) * std[:, None, None] + mean[:, None, None]
-        given = (sample.unsqueeze(2) if z.ndim == 5 else sample).to(latents.dtype)
+        sample = _smooth_noise(SAMPLES, channels, generator).to(low.device) * std[:, None, None] + mean[:, None, None]
+        given = (sample.unsqueeze(2) if low.ndim == 5 else sample).to(latents.dtype)
         decoded = self._vae().decode(given, return_dict=False)[0].float()
         rgb = decoded.reshape(SAMPLES, 3, -1, *decoded.shape[-2:])[:, :, 0] / 2 + 0.5
         rgb = F.adaptive_avg_pool2d(rgb.clamp(0, 1), SIDE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from triptych.model import Step
+
+logger = logging.getLogger(__name__)
 
 
 class DenoiseStage(GatherStage):
@@ -34,4 +37,9 @@ class DenoiseStage(GatherStage):
         latents = step.latents if foreseen is None else foreseen
         if latents is None:
             return None
-        return self._previewer(live.task.fields, self.program.boundary_latents(live.inputs, latents))
+        try:
+            return self._previewer(live.task.fields, self.program.boundary_latents(live.inputs, latents))
+        except Exception as error:  # a preview is a courtesy: the job goes on without
+            logger.warning("no previews from now on: %s", error)
+            self._previewer = None
+            return None

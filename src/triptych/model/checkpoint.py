@@ -99,7 +99,7 @@ def _parse(path: Path, text: bytes) -> tuple[Header, int]:
             elements[dtype] += (stop - begin) // itemsize
             names.append(name)
             end, total = max(end, stop), total + stop - begin
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise LoadError(
             f"{path} has a damaged safetensors header ({type(error).__name__}: {error})", field="model"
         ) from None

@@ -22,6 +22,7 @@ from triptych.model.door import inputs_of, resolve
 from triptych.model.load import Components, Placement, meta_component, quiet
 from triptych.model.programs import program
 from triptych.model.topology import ComponentInfo, StageTopology, Topology
+from triptych.model.trust import NO_TRUST, Trust
 from triptych.request import Request
 
 __all__ = ["SAMPLE_PROMPT", "BoundaryTensor", "boundary"]
@@ -57,6 +58,7 @@ def boundary(
     height: int | None = None,
     frames: int | None = None,
     request: Request | None = None,
+    trust: Trust = NO_TRUST,
 ) -> dict[str, list[BoundaryTensor]]:
     """What each stage but the last hands on, by the stage's name, for `request`, or for one output of a prompt like
     SAMPLE_PROMPT at a size in pixels (None: the model's default). Empty for a model that runs unsplit.
@@ -78,7 +80,7 @@ def boundary(
             with quiet(), torch.no_grad():
                 part = copy.copy(task)
                 part.fields = {name: value for name, value in task.fields.items() if name in declared}
-                values, tags = _run(topology, stage, part)
+                values, tags = _run(topology, stage, part, trust)
         except Exception as error:  # whatever a family's code does with tensors that hold nothing
             logger.info("%s of %s does not run without weights: %r", stage.name, topology.family, error)
             found.update(_guesses(topology, stage, resolved.request))
@@ -105,9 +107,11 @@ def sample_request(topology: Topology, width: int | None, height: int | None, fr
     return Request.parse(**{name: value for name, value in fields.items() if value is not None})
 
 
-def _run(topology: Topology, stage: StageTopology, task: TaskInputs) -> tuple[dict[str, Any], dict[str, list[str]]]:
+def _run(
+    topology: Topology, stage: StageTopology, task: TaskInputs, trust: Trust
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
     runner = program(topology, stage.name)
-    runner.load(_Weightless(topology.source), Placement(torch.device("cpu")))
+    runner.load(_Weightless(topology.source, trust), Placement(torch.device("cpu")))
     stand_ins = {
         name: hollow(component)
         for name, component in runner.components.items()

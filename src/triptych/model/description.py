@@ -13,7 +13,7 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, Modula
 
 from triptych.errors import LoadError, Unsupported
 from triptych.model import blocks as modular
-from triptych.model.declared import folder_defaults, hint_name, plain_default
+from triptych.model.declared import FRAME_RATES, GENERATOR_STATE, OUTPUT_COUNTS, folder_defaults, hint_name, plain_default
 from triptych.model.families import Family, resolve_family, wrong_in_modular
 from triptych.model.index import read_index as check_index
 from triptych.model.infos import component_infos
@@ -29,13 +29,11 @@ from triptych.model.topology import (
     StageTopology,
     Topology,
 )
-from triptych.model.trust import Trust
+from triptych.model.trust import NO_TRUST, Trust
 
 __all__ = ["describe"]
 
 DENOISERS = ("transformer", "unet", "prior")
-GENERATOR_STATE = "generator_state"
-OUTPUT_COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
 # Inputs of the blocks that are no person's to give: run-time objects, and tensors that earlier blocks make.
 NOT_REQUESTED = frozenset(
     {"generator", "output_type", "timesteps", "dtype", "batch_size", "latents", "device", "padding_mask_crop"}
@@ -50,24 +48,25 @@ class _Model:
     index: Mapping[str, Any]
     infos: Mapping[str, ComponentInfo]
     family: Family
+    trust: Trust
 
 
-def describe(source: Source, workflow: str | None = None, trust: Trust | None = None) -> Topology:
+def describe(source: Source, workflow: str | None = None, trust: Trust = NO_TRUST) -> Topology:
     """The topology of `source` for one workflow, or for the union of its workflows where `workflow` is None.
 
     Raises Unsupported for an unknown workflow (listing the known ones), LoadError for a broken folder.
     """
-    check_index(source, trust or Trust())
+    check_index(source, trust)
     index = modular.read_index(source)
-    infos = component_infos(source)
+    infos = component_infos(source, trust)
     family = resolve_family(index)
     reason = wrong_in_modular(index)
     if family is None or reason is not None:
         from triptych.model.standard import standard_topology
 
-        topology = standard_topology(source, infos, workflow)
+        topology = standard_topology(source, infos, workflow, trust)
         return topology if reason is None else replace(topology, notes=(reason, *topology.notes))
-    return _modular_topology(_Model(source, index, infos, family), workflow)
+    return _modular_topology(_Model(source, index, infos, family, trust), workflow)
 
 
 def _modular_topology(model: _Model, workflow: str | None) -> Topology:
@@ -130,7 +129,6 @@ def _stages(
             ),
             inputs=ports.inputs(stage),
             outputs=ports.outputs(stage),
-            samples=ports.samples(stage),
         )
         for stage in STAGES
         if grouped[stage]
@@ -198,7 +196,7 @@ class _Ports:
         names = {item.name for item in later if item.name}
         return names, {item.kwargs_type for item in later if item.kwargs_type}
 
-    def samples(self, stage: StageName) -> bool:
+    def _samples(self, stage: StageName) -> bool:
         """Whether the stage may draw from the generator."""
         return any(item.name == "generator" for item in self.declared[stage])
 
@@ -219,7 +217,7 @@ class _Ports:
         known = {port.name for port in ports}
         if stage == "denoise":
             ports += [port for port in self.outputs("encode") if port.name in names and port.name not in known]
-        if self.samples(stage) and "generator" in names and not any(port.name == GENERATOR_STATE for port in ports):
+        if self._samples(stage) and "generator" in names and not any(port.name == GENERATOR_STATE for port in ports):
             ports.append(Port(GENERATOR_STATE, None, "torch.Tensor"))
         return tuple(ports)
 
@@ -276,12 +274,15 @@ def _with_facts(
     pipe = modular.make_pipeline(model.source, model.family, model.index, whole)
     for name in DENOISERS:
         if name in model.infos:
-            setattr(pipe, name, SimpleNamespace(config=FrozenDict(component_config(model.source, model.infos[name]))))
+            config = component_config(model.source, model.infos[name], model.trust)
+            setattr(pipe, name, SimpleNamespace(config=FrozenDict(config)))
     if "vae" in model.infos:
-        setattr(pipe, "vae", meta_component(model.source, model.infos["vae"]))  # noqa: B010 (a component, not an attribute)
+        vae = meta_component(model.source, model.infos["vae"], model.trust)
+        setattr(pipe, "vae", vae)  # noqa: B010 (a component, not an attribute)
     scale = _spatial_scale(pipe)
     video = any(port.name == "videos" for stage in stages for port in stage.outputs)
     inputs = {item.name: item for stage in stages for item in stage.request_inputs}
+    guidance = _guidance(pipe, inputs)
     return Topology(
         source=model.source,
         workflow=workflow,
@@ -291,13 +292,13 @@ def _with_facts(
         adapter="modular",
         stages=stages,
         components=dict(model.infos),
-        defaults=_defaults(model, pipe, inputs, video),
+        defaults=_defaults(model, pipe, inputs, video, guidance),
         spatial_multiple=scale * model.family.patch,
         latent_scale=scale,
         latent_channels=_latent_channels(pipe),
         temporal_scale=_temporal_scale(pipe) if video else None,
         makes="video" if video else "image",
-        guidance=_guidance(pipe, inputs),
+        guidance=guidance,
         notes=notes,
     )
 
@@ -331,9 +332,11 @@ def _guidance(pipe: ModularPipeline, inputs: Mapping[str, InputInfo]) -> Any:
     return "embedded" if "guidance_scale" in inputs and config.get("guidance_embeds", True) else "none"
 
 
-def _defaults(model: _Model, pipe: ModularPipeline, inputs: Mapping[str, InputInfo], video: bool) -> Defaults:
-    def declared(name: str) -> Any:
-        return inputs[name].default if name in inputs else None
+def _defaults(
+    model: _Model, pipe: ModularPipeline, inputs: Mapping[str, InputInfo], video: bool, guidance: str
+) -> Defaults:
+    def declared(*names: str) -> Any:
+        return next((inputs[name].default for name in names if name in inputs), None)
 
     guider = getattr(pipe, "guider", None)
     found: dict[str, Any] = {
@@ -344,5 +347,8 @@ def _defaults(model: _Model, pipe: ModularPipeline, inputs: Mapping[str, InputIn
     }
     if video:
         found["num_frames"] = declared("num_frames") or getattr(pipe, "default_num_frames", None)
-        found["fps"] = model.family.fps
-    return Defaults(**{**found, **folder_defaults(model.source)})
+        found["fps"] = declared(*FRAME_RATES) or model.family.fps
+    found |= folder_defaults(model.source)
+    if guidance == "none":
+        found["guidance_scale"] = None
+    return Defaults(**found)

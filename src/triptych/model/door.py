@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from triptych.errors import InvalidRequest, NotEnoughMemory
+from triptych.errors import InvalidRequest, LoadError, NotEnoughMemory
+from triptych.model.declared import FRAME_RATES, OUTPUT_COUNTS
 from triptych.model.topology import InputInfo, Topology
-from triptych.request import Request
+from triptych.request import MAX_SIDE, Request
 
-OUTPUT_COUNT = ("num_images_per_prompt", "num_videos_per_prompt")
 RENAMED = {"images": "image", "mask": "mask_image"}
 OWN = ("generator", "output_type", "latents", "callback_on_step_end", "return_dict", "prompt_embeds")
 PLAIN = (
@@ -56,7 +56,7 @@ def inputs_of(topology: Topology) -> dict[str, InputInfo]:
 
 def extras_of(topology: Topology) -> list[str]:
     """The names that `Request.extra` may hold for this model."""
-    named = {*PLAIN, *RENAMED.values(), *OUTPUT_COUNT, *OWN, "prompt", "guidance_scale"}
+    named = {*PLAIN, *RENAMED.values(), *OUTPUT_COUNTS, *FRAME_RATES, *OWN, "prompt", "guidance_scale"}
     return sorted(name for name in inputs_of(topology) if name not in named and not name.endswith("_embeds"))
 
 
@@ -65,9 +65,10 @@ def resolve(topology: Topology, request: Request, memory: int | None = None) -> 
 
     Raises InvalidRequest naming the field, or NotEnoughMemory.
     """
-    request = _with_defaults(topology, request)
     declared = inputs_of(topology)
+    request = _with_defaults(topology, request, declared)
     _check_images(topology, request, declared)
+    _check_steps(request)
     _check_size(topology, request)
     _check_guidance(topology, request)
     fields = _fields(topology, request, declared)
@@ -88,34 +89,43 @@ def _workflow(topology: Topology, request: Request) -> str:
     return topology.workflow
 
 
-def _with_defaults(topology: Topology, request: Request) -> Request:
+def _with_defaults(topology: Topology, request: Request, declared: dict[str, InputInfo]) -> Request:
+    """The request with the defaults of what this topology takes, of nothing else."""
     default = topology.defaults
     filled: dict[str, Any] = {"seed": secrets.randbelow(2**31) if request.seed is None else request.seed}
-    for name in ("num_inference_steps", "guidance_scale"):
+    fillable = {name for name in ("width", "height", "num_frames", "num_inference_steps") if name in declared}
+    if topology.guidance != "none":
+        fillable.add("guidance_scale")
+    if request.images:
+        fillable -= {"width", "height"}
+    if request.aspect_ratio:
+        if not {"width", "height"} <= declared.keys():
+            allowed = f"nothing (this model's {topology.workflow} has one size)"
+            raise InvalidRequest.of("aspect_ratio", request.aspect_ratio, allowed)
+        filled["width"], filled["height"] = _from_ratio(topology, request)
+        filled["aspect_ratio"] = None
+    if request.sigmas is not None and request.num_inference_steps is None:
+        filled["num_inference_steps"] = len(request.sigmas)
+    for name in fillable - filled.keys():
         if getattr(request, name) is None:
             filled[name] = getattr(default, name)
     if topology.makes == "video":
-        filled["num_frames"] = request.num_frames or default.num_frames
         filled["fps"] = request.fps or default.fps or 16.0
-    if request.aspect_ratio:
-        filled["width"], filled["height"] = _from_ratio(topology, request)
-        filled["aspect_ratio"] = None
-    elif not request.images:
-        filled["width"] = request.width or default.width
-        filled["height"] = request.height or default.height
-    if request.sigmas is not None and request.num_inference_steps is None:
-        filled["num_inference_steps"] = len(request.sigmas)
     return request.model_copy(update=filled)
 
 
 def _from_ratio(topology: Topology, request: Request) -> tuple[int, int]:
-    """The size of that ratio nearest to the default's area, in whole multiples."""
+    """The size of that ratio nearest to the default's area, in whole multiples. Raises InvalidRequest if a side would
+    be longer than any request may ask for."""
     wide, high = request.ratio()
     area = (topology.defaults.width or 1024) * (topology.defaults.height or 1024)
     multiple = topology.spatial_multiple
     height = (area * high / wide) ** 0.5
     sides = (height * wide / high, height)
     width, height = (max(multiple, round(side / multiple) * multiple) for side in sides)
+    if max(width, height) > MAX_SIDE:
+        allowed = f"ratios whose longer side is at most {MAX_SIDE} pixels (this one makes {width}×{height})"
+        raise InvalidRequest.of("aspect_ratio", request.aspect_ratio, allowed)
     return width, height
 
 
@@ -124,12 +134,28 @@ def _check_images(topology: Topology, request: Request, declared: dict[str, Inpu
     takes = image is not None
     if request.images and not takes:
         raise InvalidRequest.of("images", f"{len(request.images)} images", f"none ({topology.workflow} takes no image)")
+    if len(request.images) > 1 and image is not None and _takes_one(image.type_hint):
+        raise InvalidRequest.of("images", f"{len(request.images)} images", f"1 ({topology.workflow} works on one)")
+    if request.strength is not None and not request.images:
+        raise InvalidRequest.of("strength", request.strength, "nothing without images (it says how much of one to redo)")
     if not request.images and topology.workflow not in _text_only(topology) and takes:
         raise InvalidRequest.of("images", "none", f"at least one ({topology.workflow} works on an image)")
     if request.mask is not None and "mask_image" not in declared:
         raise InvalidRequest.of("mask", "a mask", f"none ({topology.workflow} takes no mask)")
     if topology.workflow == "inpaint" and request.mask is None:
         raise InvalidRequest.of("mask", "none", "a mask (inpaint works inside one)")
+
+
+def _takes_one(hint: str) -> bool:
+    """Whether the hint of an input for pictures says one picture, and nothing that may hold several."""
+    words = set(re.findall(r"\w+", hint))
+    return "Image" in words and words <= {"PIL", "Image", "None", "Optional", "typing", "Union"}
+
+
+def _check_steps(request: Request) -> None:
+    sigmas, steps = request.sigmas, request.num_inference_steps
+    if sigmas is not None and steps is not None and len(sigmas) != steps:
+        raise InvalidRequest.of("sigmas", f"{len(sigmas)} sigmas", f"{steps}, as many as num_inference_steps")
 
 
 def _text_only(topology: Topology) -> tuple[str, ...]:
@@ -162,18 +188,22 @@ def _check_guidance(topology: Topology, request: Request) -> None:
         raise InvalidRequest.of(
             "negative_prompt", request.negative_prompt, "nothing (this model has no classifier-free guidance)"
         )
-    if request.guidance_scale is not None and topology.guidance == "none" and request.guidance_scale != 1:
+    if request.guidance_scale is not None and topology.guidance == "none" and request.guidance_scale not in (0, 1):
         raise InvalidRequest.of("guidance_scale", request.guidance_scale, "nothing (this model takes no guidance)")
 
 
 def _fields(topology: Topology, request: Request, declared: dict[str, InputInfo]) -> dict[str, Any]:
     """The request in the pipeline's own names. Raises InvalidRequest for a field that it does not declare."""
-    fields: dict[str, Any] = {"prompt": request.prompt if isinstance(request.prompt, str) else list(request.prompt)}
+    fields: dict[str, Any] = {}
+    if "prompt" in declared:
+        fields["prompt"] = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
+    elif any(request.prompts):
+        raise InvalidRequest.of("prompt", request.prompt, "the empty one (this model takes no text)")
     for name in PLAIN:
         value = getattr(request, name)
         if value is None:
             continue
-        if name not in declared and name != "negative_prompt":
+        if name not in declared:
             raise InvalidRequest.of(name, value, f"nothing (this model's {topology.workflow} has no such input)")
         fields[name] = list(value) if isinstance(value, tuple) else value
     if request.images:
@@ -182,13 +212,21 @@ def _fields(topology: Topology, request: Request, declared: dict[str, InputInfo]
         fields["mask_image"] = request.mask
     if request.guidance_scale is not None and "guidance_scale" in declared:
         fields["guidance_scale"] = request.guidance_scale
-    if request.num_outputs != 1:
-        count = next((name for name in OUTPUT_COUNT if name in declared), None)
-        if count is None:
-            raise InvalidRequest.of("num_outputs", request.num_outputs, "1 (this model makes one at a time)")
-        fields[count] = request.num_outputs
+    rate = next((name for name in FRAME_RATES if name in declared), None)
+    if rate is not None and request.fps is not None:
+        fields[rate] = int(request.fps) if request.fps.is_integer() else request.fps
+    fields.update(_count(request, declared))
     fields.update(_extras(topology, request, declared))
     return fields
+
+
+def _count(request: Request, declared: dict[str, InputInfo]) -> dict[str, int]:
+    if request.num_outputs == 1:
+        return {}
+    name = next((name for name in OUTPUT_COUNTS if name in declared), None)
+    if name is None:
+        raise InvalidRequest.of("num_outputs", request.num_outputs, "1 (this model makes one at a time)")
+    return {name: request.num_outputs}
 
 
 def _extras(topology: Topology, request: Request, declared: dict[str, InputInfo]) -> dict[str, Any]:
@@ -222,18 +260,32 @@ def _check_type(name: str, value: Any, hint: str) -> None:
 def activation_bytes(topology: Topology, request: Request) -> int:
     """A rough lower bound of what decoding takes beyond the weights: the finest layer of a VAE holds about 96
     channels per pixel, in and out, in the smallest common dtype (2 bytes), for the frames that one latent makes."""
-    width, height = request.width or 0, request.height or 0
+    width, height = _made_size(topology, request)
     frames = min(request.num_frames or 1, topology.temporal_scale or 1)
     outputs = request.num_outputs * len(request.prompts)
     pictures = width * height * 3 * 4 * (request.num_frames or 1) * outputs
     return width * height * frames * 96 * 2 * 2 * outputs + pictures
 
 
+def _made_size(topology: Topology, request: Request) -> tuple[int, int]:
+    """Width and height of what will be made: asked for, else the default of an input that the model takes, else the
+    picture's own, else what the model was made for. 0 if nothing tells."""
+    declared, default = inputs_of(topology), topology.defaults
+    own = request.images[0].size if request.images else (None, None)
+
+    def side(name: str, pixels: int | None) -> int:
+        known = getattr(default, name)
+        return getattr(request, name) or (known if name in declared else None) or pixels or known or 0
+
+    return side("width", own[0]), side("height", own[1])
+
+
 def _check_memory(topology: Topology, request: Request, memory: int) -> None:
     # A tiny VAE has far fewer channels than the bound assumes: below a gigabyte nobody's memory is at stake.
     needed = activation_bytes(topology, request)
     if needed > max(memory, 2**30):
-        size = f"{request.width}×{request.height}" + (f"×{request.num_frames}" if request.num_frames else "")
+        width, height = _made_size(topology, request)
+        size = f"{width}×{height}" + (f"×{request.num_frames}" if request.num_frames else "")
         raise NotEnoughMemory(
             f"{size} × {request.num_outputs * len(request.prompts)} takes about {needed / 2**30:.1f} GiB to decode, "
             f"{memory / 2**30:.1f} GiB are free",
@@ -246,10 +298,21 @@ def unknown_words(topology: Topology, request: Request) -> list[str]:
     path = Path(topology.source.folder) / "vocabulary.json"
     if not path.is_file():
         return []
-    known = json.loads(path.read_text(encoding="utf-8"))
-    known = set(known["words"] if isinstance(known, dict) else known)
+    known = _vocabulary(path)
     texts = list(request.prompts)
     if request.negative_prompt is not None:
         texts += [request.negative_prompt] if isinstance(request.negative_prompt, str) else request.negative_prompt
     words = (word for text in texts for word in re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower()))
     return list(dict.fromkeys(word for word in words if word not in known))
+
+
+def _vocabulary(path: Path) -> set[str]:
+    """The words of a vocabulary.json: a list, or an object whose `words` is one. Raises LoadError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadError(f"{path} is not valid JSON ({error})", field="model") from None
+    words = content.get("words") if isinstance(content, dict) else content
+    if not isinstance(words, list | dict) or not all(isinstance(word, str) for word in words):
+        raise LoadError(f"{path} holds no list of words", field="model")
+    return set(words)

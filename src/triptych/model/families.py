@@ -17,14 +17,13 @@ class Family:
 
     `pipelines` are the standard class names (the `_class_name` of a model_index.json) that mean it, `modular` the
     ModularPipeline class that runs it. A folder belongs to the first family of `FAMILIES` that lists its class and
-    whose `when` (entries of model_index.json that must be set) and `unless` (that must not be) hold.
+    whose `when` (entries of model_index.json that must be set) holds.
     """
 
     name: str
     pipelines: tuple[str, ...]
     modular: str
     when: tuple[str, ...] = ()
-    unless: tuple[str, ...] = ()
     workflow: str = ""
     """The only workflow of blocks that name none."""
     patch: int = 1
@@ -287,7 +286,6 @@ def resolve_family(index: Mapping[str, Any]) -> Family | None:
     for family in FAMILIES:
         if given == family.modular:
             return family
-        holds = all(_is_set(index.get(key)) for key in family.when)
-        if given in family.pipelines and holds and not any(_is_set(index.get(key)) for key in family.unless):
+        if given in family.pipelines and all(_is_set(index.get(key)) for key in family.when):
             return family
     return None

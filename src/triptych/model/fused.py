@@ -42,7 +42,7 @@ class FusedProgram:
         """Runs the pipeline for one task; gives `images` or `videos`. See StageProgram.run."""
         loop = Loop(on_step=on_step)
         swaps = [(self.components[name], stand_in) for name, stand_in in stand_ins.items() if name in self.components]
-        own = view(self._pipe, [*swaps, *own_schedulers(self._pipe, task.shift, loop)])
+        own = view(self._pipe, [*swaps, *own_schedulers(self._pipe, task.shift, loop, task.generator)])
         loop.pipe = own
         made = pictures(own(**arguments(self.topology, self._pipe, task, task.fields)), self.topology.makes)
         return TaskOutputs({"videos" if self.topology.makes == "video" else "images": made})

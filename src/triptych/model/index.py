@@ -27,13 +27,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class PipelineIndex:
-    """What the index says: the pipeline's class, its components, those left out ([null, null]), and its plain
-    settings (boundary_ratio, expand_timesteps, …)."""
+    """What the index says: the pipeline's class, its components without those left out ([null, null]), and its
+    plain settings (boundary_ratio, expand_timesteps, …)."""
 
     file: str
     class_name: str
     entries: dict[str, Entry]
-    absent: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -48,17 +47,15 @@ def read_index(source: Source, trust: Trust | None = None) -> PipelineIndex:
     class_name = content.get("_class_name")
     if isinstance(class_name, list) and trust is not None and not trust.remote_code:
         raise _remote_code(folder / file, f"a pipeline of its own, {class_name}")
-    entries, absent, settings = {}, [], {}
+    entries, settings = {}, {}
     for name, value in content.items():
         if name.startswith("_"):
             continue
         if not isinstance(value, list) or len(value) not in (2, 3) or not _names(value[:2]):
             settings[name] = value
-        elif value[0] is None and value[1] is None and not _type_hint(value):
-            absent.append(name)
-        else:
+        elif value[0] is not None or value[1] is not None or _type_hint(value):
             entries[name] = _entry(source, name, value)
-    index = PipelineIndex(file, _last(class_name), entries, tuple(absent), settings)
+    index = PipelineIndex(file, _last(class_name), entries, settings)
     if trust is not None and not trust.remote_code:
         _check_code(folder, index)
     return index

@@ -11,21 +11,22 @@ from triptych.model.checkpoint import WeightFiles, read_header, read_json
 from triptych.model.files import ITEMSIZE, file_sizes, prevailing, weights_of
 from triptych.model.index import Entry, read_index
 from triptych.model.topology import ComponentInfo, Source
+from triptych.model.trust import NO_TRUST, Trust
 
 logger = logging.getLogger(__name__)
 
 
-def component_infos(source: Source) -> dict[str, ComponentInfo]:
+def component_infos(source: Source, trust: Trust = NO_TRUST) -> dict[str, ComponentInfo]:
     """Every component that the model's index names, by name. Weights of a hub source that are not in the cache are
     described by what the hub tells of them; their dtype may be unknown then. Raises LoadError for damaged headers."""
-    return {name: _info(source, entry) for name, entry in read_index(source).entries.items()}
+    return {name: _info(source, entry, trust) for name, entry in read_index(source).entries.items()}
 
 
-def _info(source: Source, entry: Entry) -> ComponentInfo:
+def _info(source: Source, entry: Entry, trust: Trust) -> ComponentInfo:
     folder = Path(source.folder) / entry.subfolder
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     weights = weights_of(source, entry.subfolder)
-    parameters, size, dtype = _measure(source, entry, weights, config)
+    parameters, size, dtype = _measure(source, entry, weights, config, trust)
     return ComponentInfo(
         name=entry.name,
         library=entry.library,
@@ -40,7 +41,7 @@ def _info(source: Source, entry: Entry) -> ComponentInfo:
 
 
 def _measure(
-    source: Source, entry: Entry, weights: WeightFiles | None, config: dict[str, Any]
+    source: Source, entry: Entry, weights: WeightFiles | None, config: dict[str, Any], trust: Trust
 ) -> tuple[int, int, str | None]:
     """Parameters, bytes and the prevailing dtype: from the headers if every file is here, else by the files' sizes."""
     if weights is None:
@@ -58,11 +59,11 @@ def _measure(
             elements.update(header.elements)
             size += header.bytes
         return elements.total(), size, prevailing(elements)
-    return _measure_remote(source, entry, weights, config)
+    return _measure_remote(source, entry, weights, config, trust)
 
 
 def _measure_remote(
-    source: Source, entry: Entry, weights: WeightFiles, config: dict[str, Any]
+    source: Source, entry: Entry, weights: WeightFiles, config: dict[str, Any], trust: Trust
 ) -> tuple[int, int, str | None]:
     """By the sizes that the hub or the shards' index tells. Elements are counted on the configuration's own model,
     without memory, and the dtype follows from bytes per element where only one fits."""
@@ -73,19 +74,19 @@ def _measure_remote(
     size = sum(sizes.get(file, 0) for file in weights.files)
     if not all(file in sizes for file in weights.files):
         size = int(metadata.get("total_size") or size)
-    parameters = int(metadata.get("total_parameters") or _count(source, entry) or 0)
+    parameters = int(metadata.get("total_parameters") or _count(source, entry, trust) or 0)
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype not in ITEMSIZE:
         dtype = {4: "float32", 8: "float64"}.get(round(size / parameters)) if parameters else None
     return parameters or size // ITEMSIZE.get(dtype or "float16", 2), size, dtype
 
 
-def _count(source: Source, entry: Entry) -> int | None:
+def _count(source: Source, entry: Entry, trust: Trust) -> int | None:
     from triptych.model.load import meta_component
 
     info = ComponentInfo(entry.name, entry.library, entry.class_name, entry.subfolder)
     try:
-        return sum(tensor.numel() for tensor in meta_component(source, info).parameters())
+        return sum(tensor.numel() for tensor in meta_component(source, info, trust).parameters())
     except Exception as error:  # a class that this diffusers lacks, say: sizes are all that can be told
         logger.info("cannot count the parameters of %s: %s", entry.name, error)
         return None

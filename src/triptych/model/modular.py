@@ -31,6 +31,8 @@ from triptych.model.topology import StageTopology, Topology
 __all__ = ["GENERATOR_STATE", "ModularProgram"]
 
 GENERATOR_STATE = "generator_state"
+CROSSED = "crossed"
+"""Where a run with marks puts what would cross, by stage."""
 ANCHOR = "triptych_anchor"
 OUTPUT_COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
 MISSING = re.compile(r"Required input '(\w+)' is missing")
@@ -41,7 +43,11 @@ class ModularProgram:
     """Runs one stage's blocks (see `StageProgram`). Tasks share the loaded components and the blocks; each has its
     own view of the pipeline, with its own scheduler, guiders and stand-ins."""
 
-    def __init__(self, topology: Topology, stage: StageTopology) -> None:
+    def __init__(
+        self, topology: Topology, stage: StageTopology, marks: Mapping[str, StageTopology] | None = None
+    ) -> None:
+        """`marks`: after the block of that name, keep what would cross from that stage (see `CROSSED`)."""
+        self._marks = dict(marks or {})
         self.topology = topology
         self.stage = stage
         self.components: Mapping[str, Any] = {}
@@ -79,6 +85,9 @@ class ModularProgram:
             loop.set_progress_bar_config(disable=True)
             loop.sub_blocks.insert("triptych_before_step", _BeforeStep(), 0)
             loop.sub_blocks["triptych_after_step"] = _AfterStep()
+        for block, stage in self._marks.items():
+            at = list(blocks.sub_blocks).index(block) + 1
+            blocks.sub_blocks.insert(f"triptych_mark_{stage.name}", _Mark(stage), at)
         self._device, self._dtype = placement.device, self._main_dtype()
         self._anchor(pipe)
         self._pipe = pipe
@@ -126,7 +135,7 @@ class ModularProgram:
             raise
         finally:
             del self._running[id(task)]
-        return self._outputs(task, state, before)
+        return self._outputs(task, state, before, view.triptych_marked)
 
     def boundary_latents(self, task: TaskInputs, latents: torch.Tensor) -> torch.Tensor:
         """A step's latents (from `Step`, while the task runs) in the form in which they cross to decode: the blocks
@@ -145,6 +154,7 @@ class ModularProgram:
             raise RuntimeError(f"stage {self.stage.name} has not been loaded")
         view: Any = copy.copy(self._pipe)
         view.blocks_of_stage = self._pipe._blocks
+        view.triptych_marked = {}
         with modular.quiet():
             for name, component in self._pipe.components.items():
                 if isinstance(component, SchedulerMixin):
@@ -217,7 +227,9 @@ class ModularProgram:
         cast = self.stage.name == "denoise" and value.is_floating_point()
         return value.to(self._device, self._dtype if cast else None)
 
-    def _outputs(self, task: TaskInputs, state: PipelineState, before: torch.Tensor) -> TaskOutputs:
+    def _outputs(
+        self, task: TaskInputs, state: PipelineState, before: torch.Tensor, marked: dict[str, Any]
+    ) -> TaskOutputs:
         """What the topology says crosses, without what the next stage has from the request anyway."""
         values: dict[str, Any] = {}
         for port in self.stage.outputs:
@@ -227,6 +239,8 @@ class ModularProgram:
         after = task.generator.get_state()
         if any(port.name == GENERATOR_STATE for port in self.stage.outputs) and not torch.equal(before, after):
             values[GENERATOR_STATE] = after
+        if self._marks:
+            values[CROSSED] = marked
         wanted = {port.tag for port in self.stage.outputs} - {None}
         tags = {
             tag: [name for name in dict.fromkeys(names) if name in values]
@@ -283,6 +297,23 @@ class _Leaf(ModularPipelineBlocks):
     def tell(self, watch: _Watch, state: Any) -> None:
         """Says to the task's watch where its loop is."""
         raise NotImplementedError
+
+
+class _Mark(ModularPipelineBlocks):
+    """Keeps what a stage would hand over, before a later block writes under the same name."""
+
+    model_name = None
+
+    def __init__(self, stage: StageTopology) -> None:
+        super().__init__()
+        self.stage = stage
+
+    @torch.no_grad()
+    def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
+        values = {port.name: state.get(port.name) for port in self.stage.outputs}
+        kept = {name: crossing(name, copied(value)) for name, value in values.items() if value is not None}
+        components.triptych_marked[self.stage.name] = kept
+        return components, state
 
 
 class _BeforeStep(_Leaf):
@@ -357,6 +388,13 @@ def repeated(fields: dict[str, Any]) -> dict[str, Any]:
             texts = texts if isinstance(texts, list) else [texts]
             fields[name] = [text for text in texts for _ in range(count)]
     return fields
+
+
+def copied(value: Any) -> Any:
+    """The value with its tensors cloned, through lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return [copied(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def crossing(name: str, value: Any) -> Any:

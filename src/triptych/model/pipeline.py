@@ -17,10 +17,8 @@ from PIL import Image
 
 from triptych.errors import InvalidRequest, Unsupported
 from triptych.model.contract import Step, TaskInputs
+from triptych.model.schedulers import SeededStep, is_flow, own_copies
 from triptych.model.topology import Topology
-
-SHIFTS = ("shift", "flow_shift")
-"""What schedulers call the shift of their noise levels in their configuration."""
 
 
 def pipeline_class(name: str) -> type[DiffusionPipeline]:
@@ -79,7 +77,7 @@ class Loop:
 
 class WatchedStep:
     """A scheduler's `step`, told of after each call. Some pipelines copy their scheduler for a second modality: the
-    copy gets its own plain `step` back."""
+    copy gets its own `step` back, unwatched."""
 
     def __init__(self, scheduler: Any, loop: Loop) -> None:
         self._scheduler, self._loop = scheduler, loop
@@ -87,6 +85,8 @@ class WatchedStep:
         functools.update_wrapper(self, self._real)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if isinstance(self._real, SeededStep):
+            return copy.deepcopy(self._real, memo)
         scheduler = memo.get(id(self._scheduler), self._scheduler)
         return types.MethodType(type(scheduler).step, scheduler)
 
@@ -126,37 +126,22 @@ def _denoised(scheduler: Any, result: Any, output: Any, sample: Any, sigma: floa
         estimate = result[1]
     if isinstance(estimate, torch.Tensor) and estimate.shape == sample.shape:
         return estimate
-    config = scheduler.config
-    flows = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    if sigma is None or not (flows or type(scheduler).__name__.startswith("FlowMatch")):
+    if sigma is None or not is_flow(scheduler):
         return None
     return sample - sigma * output if output.shape == sample.shape else None
 
 
-def own_schedulers(pipe: Any, shift: float | None, loop: Loop) -> list[tuple[Any, Any]]:
-    """A task's own copies of the pipeline's schedulers, as swaps for `view`, their steps told to `loop`.
-
-    Raises InvalidRequest if `shift` is given and no scheduler knows one.
+def own_schedulers(
+    pipe: Any, shift: float | None, loop: Loop, generator: torch.Generator | None = None
+) -> list[tuple[Any, Any]]:
+    """A task's own copies of the pipeline's schedulers (see `own_copies`), as swaps for `view`, their steps told to
+    `loop`. Raises InvalidRequest if `shift` is given and no scheduler knows one.
     """
-    pairs = [(old, copy.deepcopy(old)) for old in pipe.components.values() if hasattr(old, "set_timesteps")]
-    shifted = [set_shift(scheduler, shift) for _, scheduler in pairs if shift is not None]
-    if shift is not None and not any(shifted):
-        raise InvalidRequest.of("shift", shift, "nothing (this model's scheduler has no shift)")
+    known = [component for component in pipe.components.values() if hasattr(component, "set_timesteps")]
+    pairs = own_copies(known, shift, generator)
     for _, scheduler in pairs:
         scheduler.step = WatchedStep(scheduler, loop)
     return pairs
-
-
-def set_shift(scheduler: Any, shift: float) -> bool:
-    """Gives a task's own scheduler a fixed shift in place of its configured or size-dependent one; False if it has
-    none."""
-    known = [name for name in SHIFTS if name in scheduler.config]
-    if not known or scheduler.config.get("use_dynamic_shifting"):
-        return False
-    scheduler.register_to_config(**{known[0]: shift})
-    if hasattr(scheduler, "set_shift"):
-        scheduler.set_shift(shift)
-    return True
 
 
 def arguments(topology: Topology, pipe: Any, task: TaskInputs, fields: Mapping[str, Any]) -> dict[str, Any]:

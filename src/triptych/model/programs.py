@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from triptych.errors import Unsupported
 from triptych.model.contract import StageProgram
-from triptych.model.topology import Port, StageName, Topology
+from triptych.model.topology import StageName, Topology
 
 __all__ = ["program", "unsplit"]
 
@@ -33,12 +33,11 @@ def program(topology: Topology, stage_name: StageName) -> StageProgram:
 
 
 def unsplit(topology: Topology) -> StageProgram:
-    """The program that runs every block in one piece, with all weights. What it gives holds, beside the pictures, the
-    values that cross between stages, as far as the pipeline's code names them."""
+    """The program that runs every block in one piece, with all weights. What it gives holds, beside the pictures,
+    `crossed`: by stage, the values that would cross from it, as far as the pipeline's code names them."""
     if topology.adapter != "modular":
         return program(replace(topology, adapter="fused"), "denoise")
     stages = topology.stages
-    ports = {port.name: Port(port.name, port.tag) for stage in stages for port in stage.outputs}
     inputs = {item.name: item for stage in reversed(stages) for item in stage.request_inputs}
     whole = replace(
         topology.stage("denoise"),
@@ -47,6 +46,9 @@ def unsplit(topology: Topology) -> StageProgram:
         reads=(),
         request_inputs=tuple(inputs.values()),
         inputs=(),
-        outputs=tuple(ports.values()),
+        outputs=stages[-1].outputs,
     )
-    return program(replace(topology, stages=(whole,)), "denoise")
+    from triptych.model.modular import ModularProgram
+
+    marks = {stage.blocks[-1]: stage for stage in stages[:-1]}
+    return ModularProgram(replace(topology, stages=(whole,)), whole, marks)

@@ -242,7 +242,7 @@ class _Own:
     def call(self, on_step: Callable[[Step], None] | None, change: Callable[[Any], None] | None = None) -> Any:
         """Calls the pipeline. `change` is given each of the task's schedulers."""
         loop = Loop(on_step=on_step)
-        schedulers = own_schedulers(self._pipe, self.task.shift, loop)
+        schedulers = own_schedulers(self._pipe, self.task.shift, loop, self.task.generator)
         if change is not None:
             for _, scheduler in schedulers:
                 change(scheduler)

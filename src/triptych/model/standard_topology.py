@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from triptych.errors import LoadError, Unsupported
 from triptych.model.anatomy import Anatomy, anatomy
 from triptych.model.checkpoint import read_json
-from triptych.model.declared import folder_defaults, hint_name, plain_default
+from triptych.model.declared import FRAME_RATES, folder_defaults, hint_name, plain_default
 from triptych.model.index import read_index
 from triptych.model.load import component_class, meta_component
 from triptych.model.pipeline import guidance_field, pipeline_class
@@ -28,7 +28,7 @@ from triptych.model.topology import (
     StageTopology,
     Topology,
 )
-from triptych.model.trust import Trust
+from triptych.model.trust import NO_TRUST, Trust
 
 __all__ = ["LATENTS", "MEDIA", "SKELETON", "VAE_ENCODE", "is_media", "standard_topology"]
 
@@ -60,14 +60,17 @@ class _Model:
     call: Mapping[str, inspect.Parameter]
     vae: Any
     denoiser: Mapping[str, Any]
+    trust: Trust
 
     @property
     def weighted(self) -> tuple[str, ...]:
         """The components that are models."""
-        return tuple(name for name, info in self.infos.items() if _is_model(self.source, info))
+        return tuple(name for name, info in self.infos.items() if _is_model(self.source, info, self.trust))
 
 
-def standard_topology(source: Source, infos: Mapping[str, ComponentInfo], workflow: str | None = None) -> Topology:
+def standard_topology(
+    source: Source, infos: Mapping[str, ComponentInfo], workflow: str | None = None, trust: Trust = NO_TRUST
+) -> Topology:
     """The topology of a standard pipeline: adapter `standard` with three stages where its code lets itself be split,
     otherwise `fused` with one stage and the reason in `notes`.
 
@@ -78,8 +81,8 @@ def standard_topology(source: Source, infos: Mapping[str, ComponentInfo], workfl
     call = inspect.signature(kind.__call__).parameters
     if any(name.startswith("audio") for name in call) and "num_frames" not in call:
         raise Unsupported(f"{kind.__name__} makes sounds, not pictures", field="model")
-    vae = meta_component(source, infos["vae"]) if "vae" in infos else None
-    model = _Model(source, infos, kind, anatomy(kind), call, vae, _denoiser_config(source, infos))
+    vae = meta_component(source, infos["vae"], trust) if "vae" in infos else None
+    model = _Model(source, infos, kind, anatomy(kind), call, vae, _denoiser_config(source, infos), trust)
     only = _workflow(model)
     if workflow not in (None, only):
         raise Unsupported(f"given {workflow!r}; allowed: {only}", field="workflow")
@@ -105,11 +108,11 @@ def standard_topology(source: Source, infos: Mapping[str, ComponentInfo], workfl
     )
 
 
-def _is_model(source: Source, info: ComponentInfo) -> bool:
+def _is_model(source: Source, info: ComponentInfo, trust: Trust) -> bool:
     if info.files:
         return True
     try:
-        return issubclass(component_class(source, info, Trust()), torch.nn.Module)
+        return issubclass(component_class(source, info, trust), torch.nn.Module)
     except LoadError:  # said better when it is loaded
         return False
 
@@ -300,18 +303,22 @@ def _guidance(model: _Model) -> Literal["classifier_free", "embedded", "none"]:
 def _defaults(model: _Model, scale: int) -> Defaults:
     """From the call's own defaults, then the sizes that the denoiser was trained at, under the folder's own file."""
     trained = model.denoiser
-    field = guidance_field(_guidance(model), model.call)
+    guidance = _guidance(model)
+    field = guidance_field(guidance, model.call)
     found = {
         "width": _default(model, "width") or _times(trained, ("sample_width", "sample_size"), scale),
         "height": _default(model, "height") or _times(trained, ("sample_height", "sample_size"), scale),
         "num_frames": _default(model, "num_frames", "video_length") or trained.get("sample_frames"),
-        "fps": _default(model, "frame_rate", "fps"),
+        "fps": _default(model, *FRAME_RATES),
         "num_inference_steps": _default(model, "num_inference_steps"),
         "guidance_scale": _default(model, field) if field else None,
     }
     if _makes(model.call) == "image":
         found["num_frames"] = found["fps"] = None
-    return Defaults(**{**found, **folder_defaults(model.source)})
+    found |= folder_defaults(model.source)
+    if guidance == "none":
+        found["guidance_scale"] = None
+    return Defaults(**found)
 
 
 def _default(model: _Model, *names: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 StageName = Literal["encode", "denoise", "decode"]
@@ -74,8 +74,6 @@ class StageTopology:
     request_inputs: tuple[InputInfo, ...]
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    samples: bool = False
-    """Whether it draws from the request's generator, so that the generator's state must cross to the next."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,6 @@ class Defaults:
     fps: float | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

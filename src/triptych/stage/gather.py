@@ -89,12 +89,16 @@ class Gather:
         return park
 
     def start(self, run: Callable[[], Any]) -> TaskGreenlet:
-        """A task that will run `run`; `resume` it to start."""
+        """A task that will run `run`, once it is begun."""
         return TaskGreenlet(run)
 
-    def resume(self, task: TaskGreenlet, value: Any = None) -> Parked | Any:
-        """Goes on with a task until it parks again (Parked) or ends (what it returned). Raises what it raised."""
-        return self._switch(task, lambda: task.switch(value) if value is not None else task.switch())
+    def begin(self, task: TaskGreenlet) -> Parked | Any:
+        """Runs a new task until it parks (Parked) or ends (what it returned). Raises what it raised."""
+        return self._switch(task, task.switch)
+
+    def resume(self, task: TaskGreenlet, value: Any) -> Parked | Any:
+        """Goes on with a parked task: its call returns `value`. Otherwise like `begin`."""
+        return self._switch(task, lambda: task.switch(value))
 
     def fail(self, task: TaskGreenlet, error: BaseException) -> Parked | Any:
         """Like `resume`, but the parked call raises `error` inside the task."""
@@ -106,8 +110,11 @@ class Gather:
         try:
             return go()
         finally:
-            if _modes() != before:
-                raise ModeChanged(f"torch modes (grad, inference, autocast) went from {before} to {_modes()}")
+            after = _modes()
+            if after != before:
+                torch.set_grad_enabled(before[0])
+                torch.set_autocast_enabled("cpu", before[2])
+                raise ModeChanged(f"torch modes (grad, inference, autocast) went from {before} to {after}")
 
     def run(self, calls: list[Call]) -> list[Any]:
         """Runs a group of calls and gives each its result. Raises what the component raised."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -99,6 +100,10 @@ class GatherStage:
         if payload is None:
             return
         payload.check()
+        declared = {port.name for port in self.program.stage.inputs}
+        strange = sorted(payload.values.keys() - declared)
+        if strange:
+            raise WrongPayload(f"stage {self.name} takes no {', '.join(strange)}", field=strange[0])
         missing = [p.name for p in self.program.stage.inputs if p.required and payload.values.get(p.name) is None]
         if missing:
             raise WrongPayload(f"stage {self.name} needs {', '.join(missing)}", field=missing[0])
@@ -131,7 +136,7 @@ class GatherStage:
         live.began = time.perf_counter()
         reset_peak(self._placement.device)
         live.greenlet = self._gather.start(lambda: self._body(live))
-        self._advance(live, lambda task: self._gather.resume(task))
+        self._advance(live, lambda task: self._gather.begin(task))
 
     def _body(self, live: Live) -> TaskOutputs:
         return self.program.run(live.inputs, self._gather.stand_ins, lambda step: self._on_step(live, step))
@@ -139,9 +144,18 @@ class GatherStage:
     def _on_step(self, live: Live, step: Step) -> None:
         live.steps = step.index + 1
         if step.latents is not None and step.index in (0, step.total - 1) and not is_finite(step.latents):
-            raise self._failed(live, f"the latents hold NaN or infinity after step {step.index + 1}", "NonFinite")
+            raise self._failed(live, self._not_finite(step), "NonFinite")
         seconds = time.perf_counter() - live.began
         self._events.append(StepDone(live.task.job, step.index + 1, step.total, seconds, self._preview(live, step)))
+
+    def _not_finite(self, step: Step) -> str:
+        """What to say of latents that are no numbers: the weight that is none either, if there is one."""
+        what = f"the latents hold NaN or infinity after step {step.index + 1}"
+        for name, part in self.program.components.items():
+            weight = first_bad_weight(part) if isinstance(part, torch.nn.Module) else None
+            if weight is not None:
+                return f"{what}: so does weight {weight} of {name}"
+        return what
 
     def _preview(self, live: Live, step: Step) -> torch.Tensor | None:
         """A small picture of what the step's latents hold; None unless the task asked and the stage can."""
@@ -191,8 +205,8 @@ class GatherStage:
     def _end(self, live: Live, outputs: TaskOutputs) -> None:
         try:
             payload = self._payload(live, outputs)
-        except TriptychError as error:
-            self._events.append(Failed(live.task.job, error))
+        except Exception as error:
+            self._events.append(Failed(live.task.job, self._explain(live, error)))
             return
         seconds = time.perf_counter() - live.began
         if not live.steps:
@@ -209,23 +223,27 @@ class GatherStage:
     def _explain(self, live: Live, error: Exception) -> TriptychError:
         if isinstance(error, TriptychError):
             return error
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        # On a CPU torch has no error of its own for it.
+        short = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if short:
             return NotEnoughMemory(f"stage {self.name} ran out of memory ({error})")
         kind = type(error).__name__
         return self._failed(live, f"{self.name} failed with {kind}: {error}", kind)
 
     def cancel(self, job: JobId) -> None:
-        """Drops a task before its next unit; its pipeline code sees Cancelled, so that it cleans up."""
+        """Drops a task before its next unit; its pipeline code sees Cancelled, so that it cleans up. What it does
+        beyond that is lost."""
         live = self._live.pop(job, None)
         if live is not None and live.greenlet is not None:
-            self._advance(live, lambda task: self._gather.fail(task, Cancelled("cancelled")))
+            with contextlib.suppress(Exception):
+                self._gather.fail(live.greenlet, Cancelled("cancelled"))
 
     def control(self, order: Order) -> ControlResult:
         """Raises Unsupported for an order that means nothing to this stage."""
         raise Unsupported(f"stage {self.name} cannot {type(order).__name__}")
 
     def close(self) -> None:
-        """Drops all tasks and lets the weights go."""
+        """Drops all tasks. The weights go with the stage and the components that it was given."""
         for job in list(self._live):
             self.cancel(job)
         self._gather = Gather({})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -11,7 +13,10 @@ from triptych.transfer import tensors_in
 
 
 def is_finite(value: Any) -> bool:
-    """Whether every floating tensor in a (nested) result is free of NaN and infinity."""
+    """Whether every floating tensor in a (nested) result is free of NaN and infinity; of a latent distribution, its
+    parameters."""
+    if isinstance(value, dict) and "latent_dist" in value:
+        value = getattr(value["latent_dist"], "parameters", None)
     return all(bool(torch.isfinite(t).all()) for t in tensors_in(value) if t.is_floating_point())
 
 
@@ -35,7 +40,11 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The peak of allocated device memory since `reset_peak`; on a CPU the process' resident bytes now."""
+    """The peak of allocated device memory since `reset_peak`; on a CPU the process' peak of resident memory (where
+    the system does not tell it, what is resident now)."""
     if _accelerated(device):
         return int(torch.accelerator.max_memory_allocated(device))
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     return int(psutil.Process().memory_info().rss)

@@ -96,6 +96,8 @@ def _check(path: str, value: Any, depth: int) -> None:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             _check(f"{path}[{index}]", item, depth + 1)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise WrongPayload(f"{path} is an integer of more than 64 bits", field=path)
     elif not (value is None or isinstance(value, bool | int | float | str | torch.Tensor)):
         raise WrongPayload(f"a {type(value).__module__}.{type(value).__name__} cannot cross between stages", field=path)
 

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from triptych.device import pick_device, pick_dtype
-from triptych.errors import StageFailed, TriptychError
+from triptych.errors import StageFailed, TriptychError, Unsupported
 from triptych.model import Components, Placement, describe, open_model
 from triptych.noise import hush
 from triptych.stage import Failed, GatherStage, Output, Refused, StageTask, StepDone
@@ -55,8 +55,7 @@ def serve(connection: socket.socket) -> None:
         message, payload = wire.receive(connection)
         try:
             if isinstance(message, wire.Open):
-                if stage is not None:
-                    stage.close()
+                stage = None  # its weights go before the next ones come
                 stage = open_stage(message.spec)
                 weighty = (name for name, part in stage.program.components.items() if _has_weights(part))
                 wire.send(connection, wire.Opened(tuple(sorted(weighty))))
@@ -72,6 +71,8 @@ def serve(connection: socket.socket) -> None:
                     raw=message.raw,
                 )
                 run_task(connection, stage, task)
+            else:
+                raise Unsupported("no stage is open here")
         except TriptychError as error:
             wire.send(connection, wire.Broken(error.code, error.message, error.field))
         except Exception as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from types import TracebackType
 
 from triptych.errors import StageFailed, TriptychError
@@ -21,7 +20,10 @@ class StageProcess:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "triptych.worker", str(theirs.fileno())]
-        self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        # A session of its own: Ctrl-C is the parent's to handle, who closes the socket.
+        self._child = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+        )
         theirs.close()
         self._socket = ours
         self._stage = ""
@@ -32,28 +34,35 @@ class StageProcess:
         Raises what opening or loading raised there, as a TriptychError.
         """
         self._stage = spec.stage
-        wire.send(self._socket, wire.Open(spec))
+        self._send("", wire.Open(spec))
         answer, _ = self._receive("")
         assert isinstance(answer, wire.Opened)
         return answer.components
 
-    def run(self, task: StageTask, on_step: Callable[[int, int], None] | None = None) -> Output:
+    def run(self, task: StageTask) -> Output:
         """Runs one task to its end. Raises what it failed with; StageFailed if the process died."""
         message = wire.Run(task.job, task.seed, task.guidance_scale, task.shift, task.raw)
-        wire.send(self._socket, message, wire.pack_task(task.fields, task.payload))
-        while True:
+        self._send(task.job, message, wire.pack_task(task.fields, task.payload))
+        while True:  # steps are told on the way; they tell that it lives
             answer, payload = self._receive(task.job)
-            if isinstance(answer, wire.Stepped) and on_step is not None:
-                on_step(answer.step, answer.steps)
             if isinstance(answer, wire.Done):
                 return Output(task.job, payload or Payload({}), answer.seconds, answer.steps, answer.peak_bytes)
+
+    def _send(self, job: str, message: wire.Message, payload: Payload | None = None) -> None:
+        try:
+            wire.send(self._socket, message, payload)
+        except OSError:
+            raise self._died(job) from None
+
+    def _died(self, job: str) -> StageFailed:
+        code = self._child.wait()
+        return StageFailed(f"the process of stage {self._stage} died ({code})", stage=self._stage, job=job)
 
     def _receive(self, job: str) -> tuple[wire.Message, Payload | None]:
         try:
             answer, payload = wire.receive(self._socket)
         except (EOFError, OSError):
-            code = self._child.wait()
-            raise StageFailed(f"the process of stage {self._stage} died ({code})", stage=self._stage, job=job) from None
+            raise self._died(job) from None
         if isinstance(answer, wire.Broken):
             raise _error(answer, self._stage, job)
         return answer, payload
