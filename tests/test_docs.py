@@ -2,7 +2,8 @@
 
 A command is a line of a ```sh block that begins with `$ `; the lines under it are its output, of which each must
 appear (`…` stands for anything). ```sh exit=2 names the exit code. Python blocks of a document run as one script.
-Commands find `photo.png` and tiny stand-ins of the models they name in their folder.
+Commands find `photo.png`, `mask.png` and tiny stand-ins of the models they name in their folder. A command that
+prints a traceback, or what a library says for itself, fails.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ EXCEPTIONS = {
 }
 """Documented commands that are not run here, three at most, with the reason; the test summary prints them."""
 
-STAND_INS = {"FLUX.1-schnell": "flux", "Wan2.1-T2V-1.3B-Diffusers": "wan-t2v"}
+STAND_INS = {"FLUX.1-schnell": "flux", "Qwen-Image": "qwen-image", "Wan2.1-T2V-1.3B-Diffusers": "wan-t2v"}
 """Folders that the documents name, and the tiny family that stands in for each."""
 
 BLOCK = re.compile(r"^```(\w*) *([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NOISE = re.compile(r"^\[transformers\].*|^Traceback \(most recent call last\)|\S*Warning: .*", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 
 
@@ -76,6 +78,7 @@ def reader(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     here.mkdir()
     bin_folder.mkdir()
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(here / "photo.png")
+    Image.linear_gradient("L").resize((64, 64)).point([0] * 128 + [255] * 128).save(here / "mask.png")
     for name, family in STAND_INS.items():
         (here / name).symlink_to(folder(family), target_is_directory=True)
     shim = bin_folder / "triptych"
@@ -107,10 +110,26 @@ def expect(run: list[str], command: Command, here: Path, environment: dict[str, 
     )
     said = done.stdout + done.stderr
     assert done.returncode == command.code, f"{command.text} ended with {done.returncode}:\n{said[-3000:]}"
+    noise = NOISE.search(said)
+    assert noise is None, f"{command.text} prints {noise[0]!r}:\n{said[-3000:]}"
     flat = " ".join(said.split())
     for line in command.output:
         parts = [re.escape(" ".join(part.split())) for part in line.split("…")]
         assert re.search(".*?".join(parts), flat), f"{command.text} does not print {line!r} but:\n{said[-3000:]}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[transformers] `CLIPImageProcessor` requires torchvision",
+        "Traceback (most recent call last):",
+        "/lib/a.py:3: FutureWarning: soon gone",
+    ],
+)
+def test_a_library_that_speaks_for_itself_fails(line: str, tmp_path: Path) -> None:
+    say = [sys.executable, "-c", f"import sys; print('a.png'); print({line!r}, file=sys.stderr)"]
+    with pytest.raises(AssertionError, match="prints"):
+        expect(say, Command("triptych", 0, ["a.png"]), tmp_path, dict(os.environ))
 
 
 def test_exceptions_are_few_and_needed() -> None:

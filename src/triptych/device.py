@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import psutil
 import torch
 
 from triptych.errors import DeviceError, InvalidRequest
 
 DEVICES = ("auto", "cpu", "cuda", "xpu", "mps")
+NAMED = re.compile(r"(?P<name>auto|cpu)|(?P<kind>cuda|xpu|mps)(?::(?P<index>[0-9]{1,4}))?")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -21,9 +24,10 @@ def pick_device(name: str = "auto") -> torch.device:
 
     Raises InvalidRequest for an unknown kind, DeviceError for one that is not here.
     """
-    kind, _, index = name.partition(":")
-    if kind not in DEVICES or (index and not index.isdigit()):
-        raise InvalidRequest.of("device", name, DEVICES)
+    found = NAMED.fullmatch(name)
+    if found is None:
+        raise InvalidRequest.of("device", name, [*DEVICES, "cuda:N, xpu:N (N the device's number)"])
+    kind, index = found["kind"] or found["name"], found["index"]
     here = accelerator()
     if kind == "auto":
         return here or torch.device("cpu")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from triptych.errors import InvalidRequest
 
@@ -22,6 +23,9 @@ VideoFormat = Literal["mp4"]
 MAX_SIDE = 16384
 MAX_STEPS = 1000
 MAX_OUTPUTS = 64
+
+DISAGREE = "fields_disagree"
+"""The type of our own errors among pydantic's."""
 
 
 class Request(BaseModel):
@@ -62,7 +66,10 @@ class Request(BaseModel):
             return cls(**fields)
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"][:1]) or "request"
+            if first["type"] == DISAGREE:
+                context = first.get("ctx", {})
+                raise InvalidRequest.of(context["field"], context["given"], context["allowed"]) from None
+            name = str(first["loc"][0]) if first["loc"] else "request"
             if first["type"] == "extra_forbidden":
                 raise InvalidRequest.of("request", name, sorted(cls.model_fields)) from None
             raise InvalidRequest.of(name, first.get("input"), first["msg"]) from None
@@ -76,19 +83,23 @@ class Request(BaseModel):
     @classmethod
     def _some_prompt(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if isinstance(value, tuple) and not 1 <= len(value) <= MAX_OUTPUTS:
-            raise ValueError(f"1 to {MAX_OUTPUTS} prompts")
+            raise _disagreement("prompt", f"{len(value)} prompts", f"1 to {MAX_OUTPUTS} prompts")
         return value
 
     @model_validator(mode="after")
     def _agree(self) -> Request:
         if self.aspect_ratio and (self.width or self.height):
-            raise ValueError("aspect_ratio excludes width and height")
+            raise _disagreement("aspect_ratio", self.aspect_ratio, "nothing beside width or height")
         if self.aspect_ratio and 0 in self.ratio():
-            raise ValueError("aspect_ratio has a zero side")
-        if isinstance(self.negative_prompt, tuple) and len(self.negative_prompt) != len(self.prompts):
-            raise ValueError("negative_prompt needs as many entries as prompt")
+            raise _disagreement("aspect_ratio", self.aspect_ratio, "two sides above 0")
+        negative, prompts = self.negative_prompt, len(self.prompts)
+        if isinstance(negative, tuple) and len(negative) != prompts:
+            raise _disagreement("negative_prompt", f"{len(negative)} entries", f"one, or {prompts} as for prompt")
         if self.mask is not None and not self.images:
-            raise ValueError("mask needs an image")
+            raise _disagreement("mask", "a mask", "none without images")
+        sigmas, steps = self.sigmas, self.num_inference_steps
+        if sigmas is not None and steps is not None and len(sigmas) != steps:
+            raise _disagreement("sigmas", f"{len(sigmas)} sigmas", f"{steps}, as many as num_inference_steps")
         return self
 
     @property
@@ -100,6 +111,13 @@ class Request(BaseModel):
         """The aspect ratio's two sides; (1, 1) when none was given."""
         wide, high = (self.aspect_ratio or "1:1").split(":")
         return int(wide), int(high)
+
+
+def _disagreement(field: str, given: str, allowed: str) -> PydanticCustomError:
+    """What a check of several fields raises inside pydantic, which knows of no field there."""
+    return PydanticCustomError(
+        DISAGREE, "{field}: given {given}; allowed: {allowed}", {"field": field, "given": given, "allowed": allowed}
+    )
 
 
 @dataclass(frozen=True)

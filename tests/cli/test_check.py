@@ -12,6 +12,7 @@ from tests.families import folder
 from triptych import check as check_module
 from triptych.check import CheckReport, Difference
 from triptych.cli import main
+from triptych.device import DEVICES, accelerator
 from triptych.model import StageName, describe, open_model
 from triptych.request import Request
 
@@ -82,7 +83,12 @@ def test_json(asked: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize(
     ("model", "workflow", "images", "frames"),
-    [("flux", "image2image", 1, None), ("qwen-image-edit-plus", None, 1, None), ("wan-t2v", None, 0, 5)],
+    [
+        ("flux", "image2image", 1, None),
+        ("stable-diffusion-img2img", None, 1, None),
+        ("qwen-image-edit-plus", None, 1, None),
+        ("wan-t2v", None, 0, 5),
+    ],
 )
 def test_asks_what_the_model_can_serve(
     model: str, workflow: str | None, images: int, frames: int | None, asked: dict[str, Any]
@@ -91,17 +97,20 @@ def test_asks_what_the_model_can_serve(
     assert main(["check", str(folder(model)), "-q", *options]) == 0
     request = asked["request"]
     assert len(request.images) == images
-    assert all(image.size == (request.width, request.height) for image in request.images)
+    sided = "img2img" not in model
+    assert (request.width is not None, request.height is not None) == (sided, sided)
+    assert not sided or all(image.size == (request.width, request.height) for image in request.images)
     assert request.num_frames == frames
     assert asked["options"]["workflow"] == workflow
 
 
-@pytest.mark.slow
 def test_in_three_processes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", str(folder("flux")), "--steps", "1", "--width", "32", "--height", "32", "-q"]) == 0
-    out = capsys.readouterr().out
-    assert out.endswith("equal bit for bit\n")
-    assert "denoise held transformer\n" in out
+    """Nothing stands in for anything here. The model takes no width and height: its picture has them."""
+    assert main(["check", str(folder("stable-diffusion-img2img")), "--steps", "2", "-q"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.endswith("equal bit for bit\n")
+    assert "denoise held unet\n" in printed.out
+    assert not printed.err
 
 
 @pytest.mark.parametrize(
@@ -111,11 +120,24 @@ def test_in_three_processes(capsys: pytest.CaptureFixture[str]) -> None:
         (["DDPM"], "error: model: "),
         (["FLUX", "--steps", "0"], "error: num_inference_steps (--steps): given 0; allowed: "),
         (["FLUX", "--workflow", "dance"], "error: workflow: "),
+        (["FLUX", "--dtype", "float3"], "error: dtype: "),
+        (["IMG2IMG", "--width", "64"], "error: width: given 64; allowed: nothing "),
     ],
 )
 def test_check_refuses(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    folders = {"DDPM": "ddpm", "FLUX": "flux"}
+    folders = {"DDPM": "ddpm", "FLUX": "flux", "IMG2IMG": "stable-diffusion-img2img"}
     words = [str(folder(folders[word])) if word in folders else word for word in arguments]
     assert main(["check", "-q", *words]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith(line) and printed.err.count("\n") == 1
+
+
+def test_a_device_that_is_not_there_starts_no_process(
+    asked: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = accelerator()
+    absent = next(kind for kind in DEVICES if kind not in ("auto", "cpu") and (here is None or kind != here.type))
+    assert main(["check", str(folder("flux")), "--device", absent]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: device: given '{absent}'; this machine has: cpu") and printed.count("\n") == 1
+    assert "request" not in asked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,3 +61,25 @@ def test_doctor_is_content(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert out.endswith("nothing is missing\n") and "used: " in out
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "ftfy", "protobuf"])
+def test_what_tokenizers_need_is_required(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+
+    def without(library: str) -> str:
+        if library == name:
+            raise importlib.metadata.PackageNotFoundError(library)
+        return real(library)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    assert f"library {name} is not installed" in examine()["missing"]
+
+
+def test_the_cpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel name\t: A Fine CPU @ 3.00GHz\nmodel name\t: Another\n")
+    monkeypatch.setattr(doctor_module, "_CPU_INFO", info)
+    assert examine()["devices"]["found"]["cpu"]["name"] == "A Fine CPU @ 3.00GHz"
+    monkeypatch.setattr(doctor_module, "_CPU_INFO", tmp_path / "none")
+    assert examine()["devices"]["found"]["cpu"]["name"]

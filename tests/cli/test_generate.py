@@ -169,17 +169,23 @@ def test_pictures_are_digests_in_the_settings(capsys: pytest.CaptureFixture[str]
     picture = ["--workflow", "image2image", "--strength", "0.9"]
     assert generate("a cat", "--image", "in.png", *picture, "-o", "a.png", "-q") == 0
     assert generate("--like", "a.png", "-q", fast=False) == 2
-    assert capsys.readouterr().err.startswith("error: image: given 'none'; allowed: the 1 that --like")
+    assert capsys.readouterr().err.startswith("error: images (--image): given 'none'; allowed: the 1 that --like")
     assert generate("--like", "a.png", "--image", "in.png", "-o", "b.png", "-q", fast=False) == 0
     assert not capsys.readouterr().err
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
     assert generate("--like", "a.png", "--image", "other.png", "-o", "c.png", "-q", fast=False) == 0
-    assert capsys.readouterr().err.startswith("warning: image: not what --like was made with")
+    assert capsys.readouterr().err.startswith("warning: images: not what --like was made with")
 
 
 def test_preview_is_refreshed() -> None:
     assert generate("a cat", "-o", "a.png", "--preview", "p.png", "-q") == 0
-    assert pixels("p.png").ndim == 3
+    assert pixels("p.png").shape[0] < 32, "one pixel per latent"
+
+
+def test_a_vae_of_its_own_makes_previews(here: Path) -> None:
+    vae = str(folder("flux") / "vae")
+    assert generate("a cat", "-o", "a.png", "--preview", "p.png", "--preview-vae", vae, "-q") == 0
+    assert pixels("p.png").shape == pixels("a.png").shape
 
 
 def test_sigmas_and_extra(capsys: pytest.CaptureFixture[str]) -> None:

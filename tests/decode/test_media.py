@@ -17,7 +17,7 @@ from PIL import Image
 
 from triptych.decode import exif, read_image, read_mask, to_clips, to_images, to_uint8, write_clip, write_image
 from triptych.decode.media import replacing
-from triptych.errors import MediaError, Unsupported
+from triptych.errors import InvalidRequest, MediaError, Unsupported
 from triptych.request import Clip
 
 
@@ -262,6 +262,23 @@ def test_clips(size: tuple[int, int], tmp_path: Path) -> None:
     assert error.mean() < 4, "the colours survive"
     data = path.read_bytes()
     assert data.index(b"moov") < data.index(b"mdat"), "the index comes first"
+
+
+@pytest.mark.parametrize("fps", [0.0001, 0.013, 0.3, 1, 23.976, 60, 240])
+def test_clips_play_at_the_rate_asked_for(fps: float, tmp_path: Path) -> None:
+    write_clip(Clip(np.zeros((3, 16, 16, 3), np.uint8), fps), tmp_path / "clip.mp4")
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        stream = container.streams.video[0]
+        assert float(stream.average_rate or 0) == pytest.approx(fps, rel=1e-4)
+        times = [frame.time for frame in container.decode(stream)]
+    assert times == pytest.approx([0, 1 / fps, 2 / fps], rel=1e-4)
+
+
+@pytest.mark.parametrize("fps", [1e-5, 1e-300, 5e9])
+def test_a_rate_that_no_file_can_hold_is_refused(fps: float, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"^fps: given .*; allowed: 0\.0001 to "):
+        write_clip(Clip(np.zeros((3, 16, 16, 3), np.uint8), fps), tmp_path / "clip.mp4")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_clips_from_pixels() -> None:

@@ -16,11 +16,15 @@ from tests import families
 from tests.model import tiny
 from triptych.errors import DeviceError, LoadError, Unsupported
 from triptych.model.checkpoint import weight_files
+from triptych.model.crossings import boundary
+from triptych.model.description import describe
 from triptych.model.infos import causal, component_infos
 from triptych.model.load import Components, Placement, load_component, meta_component
 from triptych.model.open import open_model
-from triptych.model.topology import ComponentInfo
+from triptych.model.programs import program
+from triptych.model.topology import STAGES, ComponentInfo
 from triptych.model.trust import NO_TRUST, Trust
+from triptych.request import Request
 
 CPU = Placement(torch.device("cpu"))
 TRANSFORMER = Path("transformer/diffusion_pytorch_model.safetensors")
@@ -93,15 +97,14 @@ def test_dtype_is_float32_on_a_cpu_unless_told(folder: Path, name: str) -> None:
     assert load(folder, name, Placement(torch.device("meta"))).dtype is torch.bfloat16  # elsewhere: as on disk
 
 
-def test_components_are_loaded_once_and_reported(made: Path) -> None:
+def test_components_are_loaded_once_per_placement(made: Path) -> None:
     source = open_model(str(made))
     infos = component_infos(source)
-    told: list[tuple[ComponentInfo, float]] = []
-    components = Components(source, report=lambda spec, seconds: told.append((spec, seconds)))
-    assert components.get(infos["vae"], CPU) is components.get(infos["vae"], CPU) is components.loaded["vae"]
+    components = Components(source)
+    whole = components.get(infos["vae"], CPU)
     half = components.get(infos["vae"], Placement(torch.device("cpu"), torch.float16))
-    assert half.dtype is torch.float16 and components.loaded["vae"].dtype is torch.float32
-    assert [spec.name for spec, _ in told] == ["vae", "vae"] and all(seconds > 0 for _, seconds in told)
+    assert half.dtype is torch.float16 and whole.dtype is torch.float32
+    assert components.get(infos["vae"], CPU) is whole
 
 
 def test_loading_leaves_the_libraries_logs_as_they_were(made: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +153,14 @@ def test_a_longer_file_than_its_header_says(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "header",
-    [b"[]", b"{" * 5000, b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', b"\xff\xff"],
+    [
+        b"[]",
+        b"{" * 5000,
+        b"\xff\xff",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, Infinity]}}',
+    ],
 )
 def test_damaged_headers(folder: Path, header: bytes) -> None:
     (folder / TRANSFORMER).write_bytes(struct.pack("<Q", len(header)) + header)
@@ -291,6 +301,39 @@ def test_a_models_own_class_runs_only_when_trusted(folder: Path) -> None:
     assert not (folder / "ran").exists()
     assert type(load(folder, "scheduler", trust=Trust(remote_code=True))).__name__ == "Mine"
     assert (folder / "ran").exists()
+
+
+OWN_TRANSFORMER = """
+from diffusers import FluxTransformer2DModel
+
+class Own(FluxTransformer2DModel):
+    pass
+"""
+
+
+@pytest.mark.parametrize("pipeline", ["FluxPipeline", "FluxControlPipeline"])
+def test_a_trusted_models_own_class_is_described_and_loaded(folder: Path, pipeline: str) -> None:
+    """From modular blocks and by replay."""
+    (folder / "transformer" / "own.py").write_text(OWN_TRANSFORMER)
+    tiny.edit_json(folder / "transformer" / "config.json", auto_map={"AutoModel": "own.Own"}, _class_name="Own")
+    tiny.write_index(folder, _class_name=pipeline, transformer=["diffusers", "Own"])
+    with pytest.raises(LoadError, match="--allow-remote-code"):
+        open_model(str(folder))
+    trust = Trust(remote_code=True)
+    source = open_model(str(folder), trust=trust)
+    with pytest.raises(LoadError, match="--allow-remote-code"):
+        describe(source)
+    found = describe(source, trust=trust)
+    assert found.adapter == ("modular" if pipeline == "FluxPipeline" else "standard")
+    assert "transformer" in found.stage("denoise").loads and "transformer" not in found.stage("encode").loads
+    for name in STAGES:
+        runner = program(found, name)
+        runner.load(Components(source, trust), CPU)
+        assert name != "denoise" or type(runner.components["transformer"]).__name__ == "Own"
+    if found.adapter == "modular":
+        small = Request.parse(prompt="a", width=32, height=32, max_sequence_length=32, num_inference_steps=1)
+        denoised = boundary(found, request=small, trust=trust)["denoise"]
+        assert [item.name for item in denoised if item.dtype] == ["latents"]
 
 
 def test_an_unknown_class_is_named_with_the_versions(folder: Path) -> None:

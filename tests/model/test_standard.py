@@ -46,7 +46,7 @@ from triptych.model.replay import (
 from triptych.model.standard import StandardProgram
 from triptych.model.standard_topology import standard_topology
 from triptych.stage import Failed, Output, StageTask
-from triptych.transfer import Payload
+from triptych.transfer import Payload, tensors_in
 from triptych.transfer.payload import decode_payload, encode_payload
 
 SEED = 5
@@ -193,7 +193,7 @@ def test_what_crosses_is_what_the_topology_says(name: str) -> None:
     for stage in topology_of(name).stages:
         assert set(crossed[stage.name]) <= {port.name for port in stage.outputs}
         assert set(crossed[stage.name]) >= {port.name for port in stage.outputs if port.required}
-    tensors = [tensor for tensor in Payload(crossed["denoise"]).tensors()]
+    tensors = list(tensors_in(crossed["denoise"]))
     assert len(tensors) == 1, "decode gets the latents and plain values"
 
 
@@ -503,7 +503,7 @@ def test_what_pack_cannot_have_made_is_refused(value: Any) -> None:
 def test_a_skeleton_has_no_tensors_and_gives_blanks_of_its_shapes() -> None:
     value = pack([(torch.rand(2, 3), torch.ones(4, dtype=torch.bool)), picture(0, 8, 6)])
     bones = skeleton(value)
-    assert not list(Payload({"bones": bones}).check().tensors())
+    assert not list(tensors_in(Payload({"bones": bones}).check().values))
     (zeros, ones), black = unpack(blank(bones, torch.device("cpu")))
     assert same(zeros, torch.zeros(2, 3)) and same(ones, torch.ones(4, dtype=torch.bool))
     assert black.size == (8, 6)

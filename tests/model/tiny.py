@@ -45,7 +45,7 @@ def vae() -> AutoencoderKL:
         "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
     }
-    return AutoencoderKL(**levels, latent_channels=4, norm_num_groups=4, sample_size=32)
+    return AutoencoderKL(**levels, latent_channels=4, norm_num_groups=4, sample_size=32, shift_factor=0.1)
 
 
 def text_encoder() -> CLIPTextModel:

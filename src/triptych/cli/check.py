@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from triptych.cli.console import note
+from triptych.cli.weights import check_weights
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,13 +48,17 @@ def check(
     """
     from triptych import Request, Trust
     from triptych.check import check_model
+    from triptych.device import pick_device, pick_dtype
     from triptych.model import describe, open_model
 
     trust = Trust(pickle_weights=allow_pickle, remote_code=allow_remote_code)
-    # A size asked for is checked before a model is looked at.
+    # What was asked for is checked before a model is looked at, and before any process starts.
     Request.parse(prompt="", width=width, height=height, num_inference_steps=steps)
+    pick_dtype(dtype, pick_device(device))
     source = open_model(model, revision=revision, offline=offline, trust=trust)
-    fields = _small_request(describe(source, workflow, trust), width, height)
+    topology = describe(source, workflow, trust)
+    check_weights(topology, trust)
+    fields = _small_request(topology, width, height)
     report = check_model(
         model,
         Request.parse(**fields, num_inference_steps=steps),
@@ -76,10 +81,12 @@ def _small_request(topology: Topology, width: int | None, height: int | None) ->
     default = topology.defaults
     wide = width or min(small, default.width or small)
     high = height or min(small, default.height or small)
-    fields: dict[str, Any] = {"prompt": "a red apple on a table", "seed": 0, "width": wide, "height": high}
+    inputs = {item.name for stage in topology.stages for item in stage.request_inputs}
+    fields: dict[str, Any] = {"prompt": "a red apple on a table", "seed": 0, "width": width, "height": height}
+    # A model that takes no size works at its pictures' own; one asked for all the same is refused by name.
+    fields |= {name: side for name, side in (("width", wide), ("height", high)) if name in inputs}
     if topology.makes == "video":
         fields["num_frames"] = (topology.temporal_scale or 4) + 1
-    inputs = {item.name for stage in topology.stages for item in stage.request_inputs}
     if "image" in inputs and not topology.workflow.startswith("text2"):
         fields["images"] = (_picture(wide, high),)
     if "mask_image" in inputs and topology.workflow == "inpaint":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +22,9 @@ _LIBRARIES = (
     "accelerate",
     "safetensors",
     "huggingface-hub",
+    "sentencepiece",
+    "ftfy",
+    "protobuf",
     "numpy",
     "pillow",
     "av",
@@ -32,8 +36,9 @@ _LIBRARIES = (
     "greenlet",
     "psutil",
 )
-_OPTIONAL = ("torchvision", "sentencepiece", "ftfy")
+_OPTIONAL = ("torchvision",)
 _CODECS = ("libx264",)
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def doctor(
@@ -134,7 +139,13 @@ def _devices(missing: list[str]) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    return platform.processor() or platform.machine()
+    """The model, where Linux tells it; else what platform does, which is often the architecture alone."""
+    try:
+        lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _media(missing: list[str]) -> dict[str, Any]:

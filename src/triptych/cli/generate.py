@@ -108,6 +108,14 @@ def generate(
         Path | None,
         typer.Option(help="A picture file to refresh after each step."),
     ] = None,
+    preview_vae: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A tiny VAE (such as TAESD) to decode previews with, at full size.",
+            show_default="a linear map",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no times.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
@@ -148,6 +156,7 @@ def generate(
                 offline=offline,
                 allow_pickle=allow_pickle,
                 allow_remote_code=allow_remote_code,
+                preview_vae=preview_vae,
             ),
             output=output,
             preview=preview,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from triptych import __version__
 from triptych.cli.console import Display, note, times_table, warn
 from triptych.cli.targets import FORMATS, Target, check_writable, write
+from triptych.cli.weights import check_weights
 from triptych.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -40,16 +41,17 @@ class Opening:
     offline: bool
     allow_pickle: bool
     allow_remote_code: bool
+    preview_vae: Path | None = None
 
     def completed(self, settings: Settings | None) -> Opening:
         """With what the settings say where the person said nothing. What is allowed is never theirs to say.
         Raises InvalidRequest if the model is needed and they cannot name it."""
         if settings is None:
-            return replace(self, model=self.model or DEFAULT_MODEL)
+            return replace(self, model=DEFAULT_MODEL if self.model is None else self.model)
         return replace(
             self,
-            model=self.model or _model_of(settings),
-            revision=self.revision or (None if self.model else settings.revision),
+            model=_model_of(settings) if self.model is None else self.model,
+            revision=self.revision or (settings.revision if self.model is None else None),
             workflow=self.workflow or settings.workflow,
             dtype=self.dtype or settings.dtype,
         )
@@ -64,15 +66,17 @@ class Opening:
     def check(self, request: Request, target: Target) -> None:
         """Looks at the model without reading a weight: would it serve the request? Loading can take minutes,
         and nobody should wait them for an error. Raises TriptychError."""
-        from triptych.device import free_bytes, pick_device
+        from triptych.device import free_bytes, pick_device, pick_dtype
         from triptych.model import describe, open_model, resolve
 
         assert self.model is not None
         device = pick_device(self.device)
+        pick_dtype(self.dtype, device)
         source = open_model(self.model, revision=self.revision, offline=self.offline, trust=self.trust)
         topology = describe(source, self.workflow, self.trust)
         target.check_makes(topology.makes)
         resolve(topology, request, free_bytes(device))
+        check_weights(topology, self.trust)
 
     def open(self, display: Display) -> Engine:
         """Opens it, showing what is loaded. Raises TriptychError."""
@@ -87,6 +91,7 @@ class Opening:
             revision=self.revision,
             offline=self.offline,
             trust=self.trust,
+            preview_vae=None if self.preview_vae is None else str(self.preview_vae),
             report=display.loaded,
         )
 
@@ -112,16 +117,20 @@ def run(asked: Asked) -> None:
     """Makes what was asked and writes it. Raises TriptychError, with nothing written."""
     # What can be wrong without a model is looked at first, and what needs no torch before that.
     target = Target.of(asked.output)
-    _check_preview(asked.preview)
+    _check_preview(asked.preview, asked.opening.preview_vae)
     settings = _settings(asked.like)
     fields = _fields(asked, settings)
+    differing = _differing(settings, fields) if settings else []
     if asked.output is None and asked.like is not None:
         target = Target.of(None, FORMATS.get(asked.like.suffix.lower()))
     request = _request({**fields, "output_format": target.format})
     opening = asked.opening.completed(settings)
     with Display(quiet=asked.quiet) as display:
-        display.say(f"opening {opening.model}")
+        # Nothing is said until all is checked: an error is the only line then.
         opening.check(request, target)
+        for text in differing:
+            warn(text)
+        display.say(f"opening {opening.model}")
         with opening.open(display) as engine:
             result = _stream(engine, request, display, asked.preview)
             made = _write(engine, result, target, opening, asked, settings)
@@ -157,7 +166,10 @@ def parse_extra(items: Sequence[str]) -> dict[str, Any] | None:
     return found or None
 
 
-def _check_preview(path: Path | None) -> None:
+def _check_preview(path: Path | None, vae: Path | None) -> None:
+    if vae is not None and (path is None or not (vae / "config.json").is_file()):
+        allowed = "with --preview, a folder with a VAE's config.json and weights"
+        raise InvalidRequest.of("preview_vae", str(vae), allowed)
     if path is None:
         return
     allowed = [suffix for suffix, format in FORMATS.items() if format != "mp4"]
@@ -194,28 +206,35 @@ def _fields(asked: Asked, settings: Settings | None) -> dict[str, Any]:
     fields = repeat_settings(settings, asked.fields) if settings else dict(asked.fields)
     if "prompt" not in fields:
         raise InvalidRequest.of("prompt", None, "a text, or --like FILE")
-    fields["images"] = tuple(read_image(path) for path in asked.images)
+    fields["images"] = tuple(read_image(path, field="images") for path in asked.images)
     fields["mask"] = read_mask(asked.mask) if asked.mask else None
-    if settings is not None:
-        _compare("image", settings.images, fields["images"])
-        _compare("mask", (settings.mask,) if settings.mask else (), (fields["mask"],) if fields["mask"] else ())
     return fields
 
 
-def _compare(field: str, digests: Sequence[str], pictures: Sequence[Image.Image]) -> None:
-    """Raises InvalidRequest if the settings had pictures and none are given; warns of different ones."""
+def _differing(settings: Settings, fields: dict[str, Any]) -> list[str]:
+    """A warning for each kind of pictures that are not the settings' own. Raises InvalidRequest if the settings had
+    pictures and none are given."""
     from triptych.decode import digest
 
-    if digests and not pictures:
-        raise InvalidRequest.of(field, "none", f"the {len(digests)} that --like was made with")
-    if pictures and [digest(picture) for picture in pictures] != list(digests):
-        warn(f"{field}: not what --like was made with; the result will differ")
+    given = {"images": fields["images"], "mask": (fields["mask"],) if fields["mask"] else ()}
+    known = {"images": settings.images, "mask": (settings.mask,) if settings.mask else ()}
+    warnings = []
+    for field, pictures in given.items():
+        if known[field] and not pictures:
+            raise InvalidRequest.of(field, "none", f"the {len(known[field])} that --like was made with")
+        if pictures and [digest(picture) for picture in pictures] != list(known[field]):
+            warnings.append(f"{field}: not what --like was made with; the result will differ")
+    return warnings
 
 
 def _request(fields: dict[str, Any]) -> Request:
     from triptych import Request
+    from triptych.decode import check_fps
 
-    return Request.parse(**fields)
+    request = Request.parse(**fields)
+    if request.fps is not None:
+        check_fps(request.fps)
+    return request
 
 
 def _stream(engine: Engine, request: Request, display: Display, preview: Path | None) -> Result:

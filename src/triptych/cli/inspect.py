@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from triptych.cli.console import human_bytes
+from triptych.cli.weights import refused_weights
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,6 +48,7 @@ def inspect(
     trust = Trust(remote_code=allow_remote_code)
     source = open_model(model, revision=revision, offline=offline, trust=trust)
     topology = describe(source, workflow, trust)
+    topology = replace(topology, notes=(*topology.notes, *refused_weights(topology, trust)))
     crossing = boundary(topology, width, height, num_frames)
     size = (
         width or topology.defaults.width,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from triptych.decode.media import (
+        check_fps,
         read_image,
         read_mask,
         to_clips,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 # Imported on first use: reading and writing media needs no torch, and must not pay for it.
 _FILES = {
-    "media": ("read_image", "read_mask", "to_clips", "to_images", "to_uint8", "write_clip", "write_image"),
+    "media": ("check_fps", "read_image", "read_mask", "to_clips", "to_images", "to_uint8", "write_clip", "write_image"),
     "metadata": ("Settings", "digest", "encode_settings", "read_settings", "repeat_settings", "settings_of"),
     "preview": ("LatentPreview", "load_preview_vae"),
     "stage": ("DecodeStage", "FusedStage"),
@@ -40,6 +41,7 @@ __all__ = [
     "FusedStage",
     "LatentPreview",
     "Settings",
+    "check_fps",
     "digest",
     "encode_settings",
     "load_preview_vae",

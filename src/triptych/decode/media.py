@@ -24,7 +24,7 @@ from PIL import (
 from PIL.ImageFile import ImageFile
 
 from triptych.decode import exif
-from triptych.errors import MediaError, Unsupported
+from triptych.errors import InvalidRequest, MediaError, Unsupported
 from triptych.request import Clip
 
 if TYPE_CHECKING:
@@ -33,8 +33,11 @@ if TYPE_CHECKING:
 __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_BYTES",
+    "MAX_FPS",
     "MAX_PIXELS",
+    "MIN_FPS",
     "VIDEO_SUFFIXES",
+    "check_fps",
     "open_image",
     "read_bytes",
     "read_image",
@@ -51,6 +54,8 @@ MAX_PIXELS = 2**26
 """Pixels of a picture that is read: 8192 × 8192."""
 MAX_BYTES = 2**28
 """Bytes of a picture file that is read."""
+MIN_FPS, MAX_FPS = 0.0001, 1000
+"""Frames per second of a clip that is written: what plays as asked."""
 
 ImageFormat = Literal["png", "webp", "jpeg"]
 IMAGE_SUFFIXES: dict[str, ImageFormat] = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
@@ -308,12 +313,18 @@ def write_image(
         image.save(temporary, format=format.upper(), **options)
 
 
+def check_fps(fps: float) -> None:
+    """Raises InvalidRequest for frames per second at which an MP4 file cannot play."""
+    if not MIN_FPS <= fps <= MAX_FPS:
+        raise InvalidRequest.of("fps", fps, f"{MIN_FPS} to {MAX_FPS} in an MP4 file")
+
+
 def write_clip(clip: Clip, path: str | os.PathLike[str], metadata: str | None = None) -> None:
     """Writes a clip as MP4 (H.264, 4:2:0, BT.709, index first): all of it or nothing.
 
     H.264's 4:2:0 needs even sides, so an odd one repeats its last row or column. `metadata` goes into the
-    file's comment. Raises MediaError if the path cannot be written, Unsupported if this PyAV has no H.264
-    encoder.
+    file's comment. Raises MediaError if the path cannot be written, InvalidRequest for a rate outside MIN_FPS to
+    MAX_FPS, Unsupported if this PyAV has no H.264 encoder.
     """
     frames = clip.frames
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
@@ -322,11 +333,19 @@ def write_clip(clip: Clip, path: str | os.PathLike[str], metadata: str | None = 
     padding = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
     if height % 2 or width % 2:
         frames = np.pad(frames, padding, mode="edge")
+    rate = _frame_rate(clip.fps)
     with replacing(path) as temporary:
-        _encode_mp4(frames, clip.fps, temporary, metadata)
+        _encode_mp4(frames, rate, temporary, metadata)
 
 
-def _encode_mp4(frames: np.ndarray, fps: float, path: Path, metadata: str | None) -> None:
+def _frame_rate(fps: float) -> Fraction:
+    """Frames per second as a ratio of integers small enough for H.264."""
+    check_fps(fps)
+    # Below 1 it is the seconds per frame that must not be rounded to a small ratio: the rate would become 0.
+    return Fraction(fps).limit_denominator(1001) if fps >= 1 else 1 / (1 / Fraction(fps)).limit_denominator(1001)
+
+
+def _encode_mp4(frames: np.ndarray, rate: Fraction, path: Path, metadata: str | None) -> None:
     import av
     from av.error import FFmpegError
     from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
@@ -335,7 +354,7 @@ def _encode_mp4(frames: np.ndarray, fps: float, path: Path, metadata: str | None
         if metadata is not None:
             container.metadata["comment"] = metadata
         try:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream = container.add_stream("libx264", rate=rate)
         except (FFmpegError, ValueError) as error:
             raise Unsupported(f"this PyAV cannot encode H.264: {_one_line(error)}", field="output") from error
         stream.height, stream.width = frames.shape[1:3]

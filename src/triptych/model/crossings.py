@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from triptych.model.contract import TaskInputs
+from triptych.model.declared import DENOISERS
 from triptych.model.door import inputs_of, resolve
 from triptych.model.load import Components, Placement, meta_component, quiet
 from triptych.model.programs import program
@@ -232,7 +233,7 @@ def _guesses(topology: Topology, stage: StageTopology, request: Request) -> dict
 def _latents(topology: Topology, request: Request) -> BoundaryTensor | None:
     if request.width is None or request.height is None:
         return None
-    info = next((topology.components[name] for name in ("transformer", "unet") if name in topology.components), None)
+    info = next((topology.components[name] for name in DENOISERS if name in topology.components), None)
     dtype = (info.dtype if info else None) or "float32"
     sides = (request.height // topology.latent_scale, request.width // topology.latent_scale)
     time: tuple[int, ...] = ()

@@ -11,9 +11,21 @@ from triptych.errors import LoadError
 from triptych.model.checkpoint import read_json
 from triptych.model.topology import Defaults, Source
 
-__all__ = ["DEFAULTS_FILE", "FRAME_RATES", "GENERATOR_STATE", "OUTPUT_COUNTS", "folder_defaults", "hint_name", "plain_default"]
+__all__ = [
+    "DEFAULTS_FILE",
+    "DENOISERS",
+    "FRAME_RATES",
+    "GENERATOR_STATE",
+    "OUTPUT_COUNTS",
+    "folder_defaults",
+    "hint_name",
+    "plain_default",
+]
 
 DEFAULTS_FILE = "triptych.json"
+
+DENOISERS = ("transformer", "unet")
+"""What the names of the components that denoise begin with."""
 
 OUTPUT_COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
 """What pipelines call how many outputs a prompt is to have."""

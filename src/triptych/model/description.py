@@ -13,7 +13,15 @@ from diffusers.modular_pipelines.modular_pipeline import ModularPipeline, Modula
 
 from triptych.errors import LoadError, Unsupported
 from triptych.model import blocks as modular
-from triptych.model.declared import FRAME_RATES, GENERATOR_STATE, OUTPUT_COUNTS, folder_defaults, hint_name, plain_default
+from triptych.model.declared import (
+    DENOISERS,
+    FRAME_RATES,
+    GENERATOR_STATE,
+    OUTPUT_COUNTS,
+    folder_defaults,
+    hint_name,
+    plain_default,
+)
 from triptych.model.families import Family, resolve_family, wrong_in_modular
 from triptych.model.index import read_index as check_index
 from triptych.model.infos import component_infos
@@ -33,7 +41,7 @@ from triptych.model.trust import NO_TRUST, Trust
 
 __all__ = ["describe"]
 
-DENOISERS = ("transformer", "unet", "prior")
+_DENOISERS = (*DENOISERS, "prior")
 # Inputs of the blocks that are no person's to give: run-time objects, and tensors that earlier blocks make.
 NOT_REQUESTED = frozenset(
     {"generator", "output_type", "timesteps", "dtype", "batch_size", "latents", "device", "padding_mask_crop"}
@@ -72,7 +80,10 @@ def describe(source: Source, workflow: str | None = None, trust: Trust = NO_TRUS
 def _modular_topology(model: _Model, workflow: str | None) -> Topology:
     whole = modular.full_blocks(model.family, model.index)
     native = modular.native_workflows(whole, model.family)
-    lacking = {ours: _lacking(model, ours, modular.workflow_blocks(whole, name)) for ours, name in native.items()}
+    lacking = {
+        ours: _lacking(model, ours, modular.workflow_blocks(whole, name)) + _unfit(model, ours)
+        for ours, name in native.items()
+    }
     supported = [name for name, missing in lacking.items() if not missing]
     if not supported:
         missing = sorted({name for names in lacking.values() for name in names})
@@ -81,7 +92,7 @@ def _modular_topology(model: _Model, workflow: str | None) -> Topology:
         why = f" (needs {', '.join(lacking[workflow])})" if workflow in lacking else ""
         raise Unsupported(f"given {workflow!r}{why}; allowed: {', '.join(supported)}", field="workflow")
     stages = _stages(model, whole, {name: native[name] for name in supported}, workflow)
-    notes = [f"{name} needs {', '.join(missing)}, absent here" for name, missing in lacking.items() if missing]
+    notes = [f"{name} needs {', '.join(missing)}, not found here" for name, missing in lacking.items() if missing]
     chosen = workflow or next((name for name in supported if name.startswith("text2")), supported[0])
     return _with_facts(model, whole, stages, chosen, tuple(supported), tuple(notes))
 
@@ -97,6 +108,16 @@ def _lacking(model: _Model, workflow: str, blocks: Mapping[str, ModularPipelineB
         and name not in model.infos
         and name not in model.family.nullable
     ] + [module for module in modules if importlib.util.find_spec(module) is None]
+
+
+def _unfit(model: _Model, workflow: str) -> list[str]:
+    """What a workflow that encodes pictures wants of the VAE and does not find."""
+    wanted = model.family.picture_channels
+    if wanted is None or "vae" not in model.infos or workflow.startswith("text2"):
+        return []
+    config = component_config(model.source, model.infos["vae"], model.trust)
+    found = config.get("z_dim") or config.get("latent_channels")
+    return [] if found == wanted else [f"a VAE of {wanted} latent channels (this one has {found})"]
 
 
 def _specs(block: ModularPipelineBlocks) -> dict[str, Any]:
@@ -159,7 +180,7 @@ def _runs(model: _Model, stage: StageName, name: str) -> bool:
     kind = name.rstrip("_0123456789")
     if kind.endswith("vae"):
         return stage != "denoise"
-    return not (kind in DENOISERS and stage != "denoise")
+    return not (kind in _DENOISERS and stage != "denoise")
 
 
 def _loads(model: _Model, stage: StageName, needed: Iterable[str]) -> tuple[str, ...]:
@@ -272,7 +293,7 @@ def _with_facts(
     notes: tuple[str, ...],
 ) -> Topology:
     pipe = modular.make_pipeline(model.source, model.family, model.index, whole)
-    for name in DENOISERS:
+    for name in _DENOISERS:
         if name in model.infos:
             config = component_config(model.source, model.infos[name], model.trust)
             setattr(pipe, name, SimpleNamespace(config=FrozenDict(config)))
@@ -328,7 +349,7 @@ def _latent_channels(pipe: ModularPipeline) -> int:
 def _guidance(pipe: ModularPipeline, inputs: Mapping[str, InputInfo]) -> Any:
     if getattr(pipe, "guider", None) is not None:
         return "classifier_free"
-    config = getattr(_first(pipe, DENOISERS, None), "config", {})
+    config = getattr(_first(pipe, _DENOISERS, None), "config", {})
     return "embedded" if "guidance_scale" in inputs and config.get("guidance_embeds", True) else "none"
 
 

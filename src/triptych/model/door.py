@@ -68,7 +68,6 @@ def resolve(topology: Topology, request: Request, memory: int | None = None) -> 
     declared = inputs_of(topology)
     request = _with_defaults(topology, request, declared)
     _check_images(topology, request, declared)
-    _check_steps(request)
     _check_size(topology, request)
     _check_guidance(topology, request)
     fields = _fields(topology, request, declared)
@@ -110,7 +109,7 @@ def _with_defaults(topology: Topology, request: Request, declared: dict[str, Inp
         if getattr(request, name) is None:
             filled[name] = getattr(default, name)
     if topology.makes == "video":
-        filled["fps"] = request.fps or default.fps or 16.0
+        filled["fps"] = float(request.fps or default.fps or 16)
     return request.model_copy(update=filled)
 
 
@@ -137,7 +136,7 @@ def _check_images(topology: Topology, request: Request, declared: dict[str, Inpu
     if len(request.images) > 1 and image is not None and _takes_one(image.type_hint):
         raise InvalidRequest.of("images", f"{len(request.images)} images", f"1 ({topology.workflow} works on one)")
     if request.strength is not None and not request.images:
-        raise InvalidRequest.of("strength", request.strength, "nothing without images (it says how much of one to redo)")
+        raise InvalidRequest.of("strength", request.strength, "nothing without images")
     if not request.images and topology.workflow not in _text_only(topology) and takes:
         raise InvalidRequest.of("images", "none", f"at least one ({topology.workflow} works on an image)")
     if request.mask is not None and "mask_image" not in declared:
@@ -150,12 +149,6 @@ def _takes_one(hint: str) -> bool:
     """Whether the hint of an input for pictures says one picture, and nothing that may hold several."""
     words = set(re.findall(r"\w+", hint))
     return "Image" in words and words <= {"PIL", "Image", "None", "Optional", "typing", "Union"}
-
-
-def _check_steps(request: Request) -> None:
-    sigmas, steps = request.sigmas, request.num_inference_steps
-    if sigmas is not None and steps is not None and len(sigmas) != steps:
-        raise InvalidRequest.of("sigmas", f"{len(sigmas)} sigmas", f"{steps}, as many as num_inference_steps")
 
 
 def _text_only(topology: Topology) -> tuple[str, ...]:
@@ -214,7 +207,7 @@ def _fields(topology: Topology, request: Request, declared: dict[str, InputInfo]
         fields["guidance_scale"] = request.guidance_scale
     rate = next((name for name in FRAME_RATES if name in declared), None)
     if rate is not None and request.fps is not None:
-        fields[rate] = int(request.fps) if request.fps.is_integer() else request.fps
+        fields[rate] = int(request.fps) if request.fps == int(request.fps) else request.fps
     fields.update(_count(request, declared))
     fields.update(_extras(topology, request, declared))
     return fields

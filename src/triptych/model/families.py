@@ -55,6 +55,8 @@ class Family:
     multimodal_rope: bool = False
     """The text encoder takes pictures, and diffusers does not forward `mm_token_type_ids`, without which
     transformers 5 computes one-dimensional positions (diffusers issue 14194)."""
+    picture_channels: int | None = None
+    """The VAE's latent channels that the blocks take for granted where they encode pictures."""
     fps: float | None = None
 
 
@@ -82,6 +84,7 @@ FAMILIES: tuple[Family, ...] = (
         "qwen-image",
         ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
         "QwenImageModularPipeline",
+        picture_channels=16,
         patch=2,
         swaps=_PLAIN_OUTPUT,
         negative_per_prompt=True,

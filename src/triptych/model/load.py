@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -303,10 +302,6 @@ class Components:
 
     source: Source
     trust: Trust = NO_TRUST
-    report: Callable[[ComponentInfo, float], None] | None = None
-    """Told of each component's loading: the spec and the seconds it took."""
-    loaded: dict[str, Any] = field(default_factory=dict)
-    """By component name, as loaded first."""
     _placed: dict[tuple[str, Placement], Any] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -315,9 +310,5 @@ class Components:
         key = (spec.name, placement)
         with self._lock:
             if key not in self._placed:
-                start = time.perf_counter()
                 self._placed[key] = load_component(self.source, spec, placement, self.trust)
-                self.loaded.setdefault(spec.name, self._placed[key])
-                if self.report is not None:
-                    self.report(spec, time.perf_counter() - start)
             return self._placed[key]

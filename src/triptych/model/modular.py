@@ -24,19 +24,18 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from triptych.errors import InvalidRequest, LoadError, Unsupported, WrongPayload
 from triptych.model import blocks as modular
 from triptych.model.contract import Step, TaskInputs, TaskOutputs
+from triptych.model.declared import GENERATOR_STATE, OUTPUT_COUNTS
 from triptych.model.families import Family, resolve_family
 from triptych.model.load import Components, Placement, meta_component
+from triptych.model.schedulers import is_flow, own_copies
 from triptych.model.topology import StageTopology, Topology
 
-__all__ = ["GENERATOR_STATE", "ModularProgram"]
+__all__ = ["ModularProgram"]
 
-GENERATOR_STATE = "generator_state"
 CROSSED = "crossed"
 """Where a run with marks puts what would cross, by stage."""
 ANCHOR = "triptych_anchor"
-OUTPUT_COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
 MISSING = re.compile(r"Required input '(\w+)' is missing")
-FLOW_PREDICTIONS = ("flow_prediction", "flow")
 
 
 class ModularProgram:
@@ -75,7 +74,7 @@ class ModularProgram:
                 raise LoadError(f"{name} of {self.topology.source.name} came to nothing")
             held[name] = self._mended(name, found)
         for name in self.stage.reads:
-            setattr(pipe, name, meta_component(self.topology.source, infos[name]))
+            setattr(pipe, name, meta_component(self.topology.source, infos[name], components.trust))
         for name, component in held.items():
             setattr(pipe, name, component)
         self.components = held
@@ -156,10 +155,13 @@ class ModularProgram:
         view.blocks_of_stage = self._pipe._blocks
         view.triptych_marked = {}
         with modular.quiet():
-            for name, component in self._pipe.components.items():
-                if isinstance(component, SchedulerMixin):
-                    setattr(view, name, fresh_scheduler(component, task.shift))
-                elif isinstance(component, BaseGuidance):
+            parts = self._pipe.components
+            schedulers = {name: part for name, part in parts.items() if isinstance(part, SchedulerMixin)}
+            own = own_copies(schedulers.values(), task.shift, task.generator)
+            for name, (_, scheduler) in zip(schedulers, own, strict=True):
+                setattr(view, name, scheduler)
+            for name, component in parts.items():
+                if isinstance(component, BaseGuidance):
                     setattr(view, name, self._guider(name, component, task))
         for name, stand_in in stand_ins.items():
             setattr(view, name, stand_in)
@@ -330,7 +332,7 @@ def denoised(scheduler: Any, before: torch.Tensor | None, after: torch.Tensor | 
     """The clean latents that a step pointed at: on a flow's straight line x = (1 - sigma)·x0 + sigma·noise, two
     points give x0. None where the scheduler is no flow, or the sigmas or latents are not there."""
     index, sigmas = getattr(scheduler, "step_index", None), getattr(scheduler, "sigmas", None)
-    if before is None or after is None or not index or sigmas is None or not _is_flow(scheduler):
+    if before is None or after is None or not index or sigmas is None or not is_flow(scheduler):
         return None
     if before.shape != after.shape or index >= len(sigmas):
         return None
@@ -338,25 +340,6 @@ def denoised(scheduler: Any, before: torch.Tensor | None, after: torch.Tensor | 
     if following == sigma:
         return None
     return after - following * (after - before) / (following - sigma)
-
-
-def _is_flow(scheduler: Any) -> bool:
-    config = scheduler.config
-    return "FlowMatch" in type(scheduler).__name__ or config.get("prediction_type") in FLOW_PREDICTIONS
-
-
-def fresh_scheduler(scheduler: Any, shift: float | None) -> Any:
-    """A scheduler of the same config and no state; `shift` replaces the config's, dynamic shifting included.
-
-    Raises InvalidRequest if the scheduler has no shift."""
-    config = scheduler.config
-    if shift is None:
-        return type(scheduler).from_config(config)
-    key = next((name for name in ("flow_shift", "shift") if name in config), None)
-    if key is None:
-        raise InvalidRequest.of("shift", shift, f"nothing ({type(scheduler).__name__} has no shift)")
-    changed = {key: shift} | ({"use_dynamic_shifting": False} if "use_dynamic_shifting" in config else {})
-    return type(scheduler).from_config(config, **changed)
 
 
 def with_token_types(encoder: Any) -> Any:

@@ -82,7 +82,7 @@ class WatchedStep:
     def __init__(self, scheduler: Any, loop: Loop) -> None:
         self._scheduler, self._loop = scheduler, loop
         self._real = scheduler.step
-        functools.update_wrapper(self, self._real)
+        functools.update_wrapper(self, self._real, updated=())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if isinstance(self._real, SeededStep):
@@ -138,6 +138,8 @@ def own_schedulers(
     `loop`. Raises InvalidRequest if `shift` is given and no scheduler knows one.
     """
     known = [component for component in pipe.components.values() if hasattr(component, "set_timesteps")]
+    if shift is not None and not known:
+        raise InvalidRequest.of("shift", shift, "nothing (this model has no scheduler)")
     pairs = own_copies(known, shift, generator)
     for _, scheduler in pairs:
         scheduler.step = WatchedStep(scheduler, loop)

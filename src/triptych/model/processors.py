@@ -38,7 +38,7 @@ def _needs_torchvision(cls: Any) -> bool:
 
 @functools.cache
 def _say_once(name: str) -> None:
-    logger.warning("torchvision is not installed: %s resizes images with Pillow", name)
+    logger.info("torchvision is not installed: %s resizes images with Pillow", name)
 
 
 def _without_video(cls: Any) -> Any:

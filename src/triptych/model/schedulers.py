@@ -25,11 +25,11 @@ def own_copies(
     """Each scheduler with the task's own copy of it, whose steps draw from `generator` where the pipeline gives none.
     `shift` takes the place of the configured shift and of one that depends on the size.
 
-    Raises InvalidRequest if `shift` is given and no scheduler knows one.
+    Raises InvalidRequest if `shift` is given and there are schedulers, none of which knows one.
     """
     pairs = [(old, shifted(old, shift)) for old in schedulers]
-    if shift is not None and not any(_shift_name(old) for old, _ in pairs):
-        kinds = " and ".join(type(old).__name__ for old, _ in pairs) or "no scheduler"
+    if shift is not None and pairs and not any(_shift_name(old) for old, _ in pairs):
+        kinds = ", ".join(type(old).__name__ for old, _ in pairs)
         raise InvalidRequest.of("shift", shift, f"nothing ({kinds} has no shift)")
     for _, scheduler in pairs:
         if generator is not None:
@@ -67,7 +67,7 @@ class SeededStep:
         self._real = types.MethodType(type(scheduler).step, scheduler)
         names = list(inspect.signature(self._real).parameters)
         self._place = names.index("generator") if "generator" in names else None
-        functools.update_wrapper(self, self._real)
+        functools.update_wrapper(self, self._real, updated=())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SeededStep:
         # Some pipelines copy their scheduler for a second modality: the copy steps by itself, from the same generator.

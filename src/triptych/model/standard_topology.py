@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from triptych.errors import LoadError, Unsupported
 from triptych.model.anatomy import Anatomy, anatomy
 from triptych.model.checkpoint import read_json
-from triptych.model.declared import FRAME_RATES, folder_defaults, hint_name, plain_default
+from triptych.model.declared import DENOISERS, FRAME_RATES, folder_defaults, hint_name, plain_default
 from triptych.model.index import read_index
 from triptych.model.load import component_class, meta_component
 from triptych.model.pipeline import guidance_field, pipeline_class
@@ -37,7 +37,6 @@ MEDIA = "media"
 LATENTS = "latents"
 SKELETON = "skeleton"
 
-DENOISERS = ("transformer", "unet")
 ENCODERS = ("text_encoder", "image_encoder")
 AFTER = ("safety_checker", "vocoder")
 """Components with weights that work on what decode made."""

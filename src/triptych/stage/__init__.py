@@ -4,9 +4,7 @@ from triptych.stage.gather import Call, Gather, Parked
 from triptych.stage.gathered import GatherStage, Live
 from triptych.stage.protocol import (
     Admitted,
-    ControlResult,
     Failed,
-    Flush,
     Full,
     JobId,
     LoadProgress,
@@ -24,9 +22,7 @@ from triptych.stage.protocol import (
 __all__ = [
     "Admitted",
     "Call",
-    "ControlResult",
     "Failed",
-    "Flush",
     "Full",
     "Gather",
     "GatherStage",

@@ -16,7 +16,6 @@ from triptych.stage.gather import Call, Gather, Parked, TaskGreenlet
 from triptych.stage.health import first_bad_weight, is_finite, peak_bytes, reset_peak
 from triptych.stage.protocol import (
     Admitted,
-    ControlResult,
     Failed,
     Full,
     JobId,
@@ -238,7 +237,7 @@ class GatherStage:
             with contextlib.suppress(Exception):
                 self._gather.fail(live.greenlet, Cancelled("cancelled"))
 
-    def control(self, order: Order) -> ControlResult:
+    def control(self, order: Order) -> None:
         """Raises Unsupported for an order that means nothing to this stage."""
         raise Unsupported(f"stage {self.name} cannot {type(order).__name__}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -104,27 +104,14 @@ StageEvent = StepDone | Output | Failed
 
 
 @dataclass(frozen=True)
-class Flush:
-    """Empty the caches that registered with this stage."""
-
-    caches: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class UsePreview:
     """From now on make previews with this: boundary latents and the task's fields in, uint8 (height, width, 3) out."""
 
     preview: Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class ControlResult:
-    """What an order did: bytes freed, per cache."""
-
-    freed: dict[str, int] = field(default_factory=dict)
-
-
-Order = Flush | UsePreview
+Order = UsePreview
+"""What a stage may be told between units; caches, adapters and offloading will add theirs."""
 
 
 class Stage(Protocol):
@@ -146,8 +133,8 @@ class Stage(Protocol):
         """Drops a task before its next unit; unknown jobs are ignored."""
         ...
 
-    def control(self, order: Order) -> ControlResult:
-        """Carries out an order between units."""
+    def control(self, order: Order) -> None:
+        """Carries out an order between units. Raises Unsupported for one that means nothing to this stage."""
         ...
 
     def close(self) -> None:

@@ -48,15 +48,6 @@ class Payload:
             _check(name, value, 0)
         return self
 
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Every tensor, in the order in which the values hold them."""
-        for value in self.values.values():
-            yield from tensors_in(value)
-
-    def nbytes(self) -> int:
-        """The bytes of all tensors together."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
-
 
 class TensorHeader(msgspec.Struct, frozen=True, array_like=True):
     """One tensor in the body: `offset` and `nbytes` in bytes, `digest` its XXH3-128. `order` lists the dimensions as
