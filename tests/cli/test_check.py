@@ -13,7 +13,7 @@ from triptych import check as check_module
 from triptych.check import CheckReport, Difference
 from triptych.cli import main
 from triptych.device import DEVICES, accelerator
-from triptych.model import StageName, describe, open_model
+from triptych.model import StageName, describe, open_model, resolve
 from triptych.request import Request
 
 
@@ -97,6 +97,7 @@ def test_asks_what_the_model_can_serve(
     assert main(["check", str(folder(model)), "-q", *options]) == 0
     request = asked["request"]
     assert len(request.images) == images
+    resolve(describe(open_model(str(folder(model))), workflow), request)  # refuses what the model does not take
     sided = "img2img" not in model
     assert (request.width is not None, request.height is not None) == (sided, sided)
     assert not sided or all(image.size == (request.width, request.height) for image in request.images)

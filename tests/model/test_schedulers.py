@@ -54,7 +54,7 @@ def test_a_seed_gives_the_same_picture_when_the_scheduler_draws(stochastic: Path
     assert not torch.equal(first, latents(found, kind, seed=6))
 
 
-def drawing() -> FlowMatchEulerDiscreteScheduler:
+def drawing() -> Any:
     return FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
 
 
@@ -81,7 +81,7 @@ def test_a_copy_of_a_tasks_scheduler_steps_by_itself_from_the_same_generator() -
     for steps, each in ((3, scheduler), (7, second)):
         each.set_timesteps(steps)
     made = second.step(sample, second.timesteps[0], sample, return_dict=False)[0]
-    plain = drawing()
+    plain: Any = drawing()
     plain.set_timesteps(7)
     assert torch.equal(
         made, plain.step(sample, plain.timesteps[0], sample, generator=generator(1), return_dict=False)[0]
@@ -90,7 +90,7 @@ def test_a_copy_of_a_tasks_scheduler_steps_by_itself_from_the_same_generator() -
 
 
 def test_shift_replaces_a_fixed_shift_and_one_that_depends_on_the_size() -> None:
-    fixed = FlowMatchEulerDiscreteScheduler(shift=6.0)
+    fixed: Any = FlowMatchEulerDiscreteScheduler(shift=6.0)
     for dynamic in (False, True):
         own = shifted(FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic), 6.0)
         for each in (own, fixed):

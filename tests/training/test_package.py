@@ -36,9 +36,11 @@ def test_pictures_show_what_is_asked() -> None:
     scenes = sets["seen"].scenes[:12] + sets["pairs"].scenes[:8] + sets["shapes"].scenes[:4]
     pictures = generate_set(load_generator(PACKAGE), PromptSet(scenes).prompts)
     figures = shares(scenes, Reader()(pictures))
-    assert figures["background"] >= 91
-    assert figures["noun"] >= 75
-    assert figures["position"] >= 80
+    assert figures["background"] >= 95
+    assert figures["position"] >= 93
+    assert figures["noun"] >= 91
+    assert figures["pair"] >= 87
+    assert figures["shape"] >= 75
 
 
 def test_a_picture_does_not_depend_on_its_batch() -> None:

@@ -49,7 +49,7 @@ def inspect(
     source = open_model(model, revision=revision, offline=offline, trust=trust)
     topology = describe(source, workflow, trust)
     topology = replace(topology, notes=(*topology.notes, *refused_weights(topology, trust)))
-    crossing = boundary(topology, width, height, num_frames)
+    crossing = boundary(topology, width, height, num_frames, trust=trust)
     size = (
         width or topology.defaults.width,
         height or topology.defaults.height,

@@ -74,7 +74,7 @@ def resolve(topology: Topology, request: Request, memory: int | None = None) -> 
     if memory is not None:
         _check_memory(topology, request, memory)
     words = unknown_words(topology, request)
-    warnings = tuple(f"this model does not know the word {word!r}; it will be ignored" for word in words)
+    warnings = tuple(f"this model does not know the word {word!r}: the picture will not show it" for word in words)
     return Resolved(request, _workflow(topology, request), fields, request.guidance_scale, warnings)
 
 
