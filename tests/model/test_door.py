@@ -163,3 +163,8 @@ def test_a_damaged_vocabulary_is_named(schnell: Path, tmp_path: Path, text: str)
     found = describe(open_model(str(copy)))
     with pytest.raises(LoadError, match=r"vocabulary\.json"):
         resolve(found, Request.parse(prompt="a cat"))
+
+
+@pytest.mark.parametrize("extra", [{"joint_attention_kwargs": 5}, {"prompt_2": 5}, {"joint_attention_kwargs": [1]}])
+def test_an_extra_of_the_wrong_type_is_named(flux: Topology, extra: dict[str, Any]) -> None:
+    assert refused(flux, extra=extra).startswith(f"extra.{next(iter(extra))}: given ")

@@ -235,7 +235,12 @@ _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bo
 
 
 def _check_type(name: str, value: Any, hint: str) -> None:
-    """Compares a plain value with the declared hint, as far as the hint names plain types."""
+    """Compares a plain value with the declared hint, as far as the hint names plain types; where there is none, with
+    what the name means in every pipeline."""
+    if not hint and name.endswith("_kwargs"):
+        hint = "dict"
+    elif not hint and re.fullmatch(r"(negative_)?prompt_\d", name):
+        hint = "str | list"
     words = set(re.findall(r"\w+", hint)) - {"None", "Optional", "Union", "typing", "class"}
     if not words or value is None or not words <= {*_TYPES, "list", "List", "dict", "Dict", "tuple", "Any"}:
         return
