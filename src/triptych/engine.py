@@ -181,7 +181,22 @@ class Engine:
 
     def generate(self, request: Request) -> Result:
         """Runs a request to its end. Raises what it fails with."""
-        return self.submit(request).result()
+        outcome: queue.SimpleQueue[Result | TriptychError] = queue.SimpleQueue()
+
+        def listen(event: Event) -> None:
+            # Steps wake nobody here: a caller that wakes contends with the engine's thread for the interpreter.
+            if not isinstance(event, Progress):
+                outcome.put(event)
+
+        job = self._submit(request, False, listen)
+        try:
+            event = outcome.get()
+        except BaseException:
+            job.cancel()
+            raise
+        if isinstance(event, TriptychError):
+            raise event
+        return event
 
     def stream(self, request: Request, *, preview: bool = False) -> Generator[Progress | Result, None, None]:
         """Yields Progress as it happens, then the Result. Leaving the iteration early cancels the job."""
