@@ -196,7 +196,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="turns per contender (default 9)")
     parser.add_argument("--processes", type=int, default=5, help="fresh processes per contender (default 5)")
-    parser.add_argument("--steps", type=int, nargs=2, default=(8, 48), help="few and many (default 8 48)")
+    parser.add_argument("--steps", type=int, nargs=2, default=(8, 128), help="few and many (default 8 128)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads, for all alike")
     parser.add_argument("--only", help="cases whose name begins with this")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/generate.md")
