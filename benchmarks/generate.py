@@ -1,7 +1,9 @@
 """What Triptych costs over diffusers on the same folder: per step, in memory, from import to first picture.
 
-Per step: requests of few and of many steps in one process, the three ways taking turns; what the difference
-says of one step, and what remains of a request beyond its steps. A figure is the median of the rounds' ratios.
+Per step: requests of few and of many steps, the three ways taking many short turns in one process, so that
+whatever slows the machine for a second slows all of them; what the difference says of one step, and what
+remains of a request beyond its steps. A round is a process and the medians of its turns, a figure the median
+of the rounds' ratios.
 Memory and first picture: processes of their own, taking turns; ratios of medians.
 """
 
@@ -86,7 +88,7 @@ def take_turn(run: Run, few: dict[str, Any], many: dict[str, Any]) -> dict[Clock
 
 @dataclass(frozen=True)
 class Turns:
-    """All turns of all contenders on one case, on one clock."""
+    """All rounds of all contenders on one case, on one clock."""
 
     few: int
     many: int
@@ -111,24 +113,56 @@ class Turns:
         return ", ".join(f"{name} {1000 * seconds:.2f}" for name, seconds in middle.items())
 
 
-def measure(case: Case, rounds: int, few: int, many: int) -> tuple[bool, dict[Clock, Turns]]:
-    """Whether Triptych's picture is the modular pipeline's, and everybody's turns, after one to warm up."""
-    runs = {name: opened(case.folder) for name, opened in CONTENDERS.items()}
+def middle(turns: list[Spent]) -> Spent:
+    """A round: each request's median over its turns, which an interruption of one turn does not move."""
+    return Spent(statistics.median(one.few for one in turns), statistics.median(one.many for one in turns))
+
+
+@dataclass(frozen=True)
+class Round:
+    """One process's word: whether Triptych's picture is the modular pipeline's, and what each contender took."""
+
+    equal: bool
+    spent: dict[Clock, dict[str, Spent]]
+
+
+def take_round(case: Case, order: list[str], turns: int, few: int, many: int) -> Round:
+    """Opens the contenders in this order, then lets them take turns, after one each to warm up."""
+    runs = {name: CONTENDERS[name](case.folder) for name in order}
     fewer, more = ({**case.fields, "num_inference_steps": steps} for steps in (few, many))
     pictures = {name: run(fewer) for name, run in runs.items()}
-    spent: dict[Clock, dict[str, list[Spent]]] = {clock: {name: [] for name in runs} for clock in CLOCKS}
-    for number in range(rounds):
-        for name in list(runs) if number % 2 else reversed(runs):
+    taken: dict[Clock, dict[str, list[Spent]]] = {clock: {name: [] for name in runs} for clock in CLOCKS}
+    for number in range(turns):
+        for name in order if number % 2 else reversed(order):
             for clock, one in take_turn(runs[name], fewer, more).items():
-                spent[clock][name].append(one)
+                taken[clock][name].append(one)
     equal = bool((pictures["triptych"] == pictures["modular"]).all())
-    return equal, {clock: Turns(few, many, by_name) for clock, by_name in spent.items()}
+    spent = {clock: {name: middle(done) for name, done in by_name.items()} for clock, by_name in taken.items()}
+    return Round(equal, spent)
 
 
-def per_step(case: Case, rounds: int, few: int, many: int) -> list[Row]:
+def measure(case: Case, rounds: int, turns: int, few: int, many: int) -> tuple[bool, dict[Clock, Turns]]:
+    """All rounds of a case, each a process of its own: where its weights happen to lie makes a contender a few
+    per cent faster or slower for as long as its process lives. Who opens first changes from round to round."""
+    names = list(CONTENDERS)
+    done: list[Round] = []
+    for number in range(rounds):
+        shift = number % len(names)
+        told = subprocess.run(
+            [sys.executable, __file__, "--round", json.dumps([case.folder, case.fields, names[shift:] + names[:shift]]),
+             "--turns", str(turns), "--steps", str(few), str(many), "--threads", str(torch.get_num_threads())],
+            stdout=subprocess.PIPE, text=True, check=True,
+        ).stdout  # fmt: skip
+        equal, spent = json.loads(told.splitlines()[-1])
+        done.append(Round(equal, {clock: {who: Spent(*one) for who, one in spent[clock].items()} for clock in CLOCKS}))
+    together = {clock: {name: [one.spent[clock][name] for one in done] for name in names} for clock in CLOCKS}
+    return all(one.equal for one in done), {clock: Turns(few, many, by_name) for clock, by_name in together.items()}
+
+
+def per_step(case: Case, rounds: int, turns: int, few: int, many: int) -> list[Row]:
     """Rows of one case. CPU time carries the target, since on the wall other programs count too."""
-    equal, turns = measure(case, rounds, few, many)
-    cpu, wall = turns["cpu"], turns["wall"]
+    equal, spent = measure(case, rounds, turns, few, many)
+    cpu, wall = spent["cpu"], spent["wall"]
     return [
         Row(f"{case.name}: picture equals modular's", "yes" if equal else "no", "bit for bit", equal),
         Row.at_most(f"{case.name}: CPU time per step, Triptych / modular", cpu.ratio("triptych"), STEP_LIMIT),
@@ -156,13 +190,13 @@ def first_picture(case: Case, rounds: int, threads: int) -> list[Row]:
         for name, done in runs.items():
             done.append(start(name, case, threads))
 
-    def middle(what: Callable[[Fresh], float]) -> dict[str, float]:
+    def medians(what: Callable[[Fresh], float]) -> dict[str, float]:
         return {name: statistics.median(map(what, done)) for name, done in runs.items()}
 
     def figures(values: dict[str, float], unit: float, digits: int) -> str:
         return ", ".join(f"{name} {value / unit:.{digits}f}" for name, value in values.items())
 
-    cpu, wall, peak = middle(lambda one: one.cpu), middle(lambda one: one.wall), middle(lambda one: one.peak)
+    cpu, wall, peak = medians(lambda one: one.cpu), medians(lambda one: one.wall), medians(lambda one: one.peak)
     memory, seconds = peak["triptych"] / peak["modular"], cpu["triptych"] / cpu["modular"]
     what = f"{case.name}: import to first picture"
     return [
@@ -194,18 +228,26 @@ def start(contender: str, case: Case, threads: int) -> Fresh:
 def main() -> int:
     """Runs all of it; 1 if a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="turns per contender (default 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds per contender (default 9)")
+    parser.add_argument("--turns", type=int, default=5, help="turns per round (default 5)")
     parser.add_argument("--processes", type=int, default=5, help="fresh processes per contender (default 5)")
-    parser.add_argument("--steps", type=int, nargs=2, default=(8, 128), help="few and many (default 8 128)")
+    parser.add_argument("--steps", type=int, nargs=2, default=(4, 36), help="few and many (default 4 36)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads, for all alike")
     parser.add_argument("--only", help="cases whose name begins with this")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/generate.md")
+    parser.add_argument("--round", help=argparse.SUPPRESS)  # this process is one round of `measure`
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.round:
+        folder, fields, order = json.loads(options.round)
+        done = take_round(Case("", folder, fields), order, options.turns, *options.steps)
+        spent = {c: {name: (one.few, one.many) for name, one in by.items()} for c, by in done.spent.items()}
+        print(json.dumps([done.equal, spent]))
+        return 0
     rows: list[Row] = []
     for case in cases():
         if case.name.startswith(options.only or ""):
-            rows += per_step(case, options.rounds, *options.steps)
+            rows += per_step(case, options.rounds, options.turns, *options.steps)
             if case.name == "emoji" and options.processes:
                 rows += first_picture(case, options.processes, options.threads)
     return report("generate", rows, options.save)

@@ -9,7 +9,7 @@ import pytest
 import benchmarks
 from benchmarks import Row, report
 from benchmarks.first_picture import peak_bytes
-from benchmarks.generate import Spent, Turns
+from benchmarks.generate import Spent, Turns, middle
 
 
 def test_a_miss_is_exit_code_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,6 +36,10 @@ def test_steps_are_told_from_the_rest_of_a_request() -> None:
     assert turns.ratio("triptych") == pytest.approx(2)
     assert turns.per_step() == "modular 10.00, triptych 20.00"
     assert turns.beyond() == "modular 50.00, triptych 50.00"
+
+
+def test_an_interrupted_turn_does_not_move_its_round() -> None:
+    assert middle([Spent(0.1, 0.5), Spent(0.9, 0.5), Spent(0.1, 3.0)]) == Spent(0.1, 0.5)
 
 
 def test_peak_memory_is_bytes() -> None:
