@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench verify clean
+.PHONY: help demo test lint bench chaos verify clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -29,11 +29,19 @@ lint: $(STAMP)  ## ruff and pyright
 
 bench: $(STAMP)  ## the benchmarks: figure, target, met; fails on a miss
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/layout.py
+	$(BIN)/python benchmarks/transfer.py
 
-verify: $(STAMP)  ## the long checks: slow tests, the embedded model's full grading, the benchmarks
+chaos: $(STAMP)  ## every fault at every moment, then 300 jobs in a storm of them: none lost, all bit-equal
+	$(BIN)/python -m tests.chaos
+
+verify: $(STAMP)  ## the long checks: slow tests, chaos, the embedded model's full grading, the benchmarks
 	$(BIN)/python -m pytest -m slow || test $$? -eq 5
+	$(BIN)/python -m tests.chaos
 	$(BIN)/python -m training.grade --model emoji
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/layout.py
+	$(BIN)/python benchmarks/transfer.py
 
 clean:  ## removes what the other targets made
 	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache

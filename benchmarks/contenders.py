@@ -9,26 +9,33 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["CONTENDERS", "Run"]
+if TYPE_CHECKING:
+    from triptych import Result
+
+__all__ = ["CONTENDERS", "Run", "open_modular", "pictures_in"]
 
 Run = Callable[[dict[str, Any]], Any]
 
 
 def open_triptych(folder: str) -> Run:
     """Through `Engine`, in this process."""
-    import numpy as np
-
     from triptych import Engine, Request
 
     engine = Engine.open(folder, device="cpu")
 
     def run(fields: dict[str, Any]) -> Any:
-        result = engine.generate(Request.parse(**fields))
-        return result.clips[0].frames if result.clips else np.stack([np.asarray(i) for i in result.images])
+        return pictures_in(engine.generate(Request.parse(**fields)))
 
     return run
+
+
+def pictures_in(result: Result) -> Any:
+    """An engine's pictures, or the frames of its clip."""
+    import numpy as np
+
+    return result.clips[0].frames if result.clips else np.stack([np.asarray(image) for image in result.images])
 
 
 def open_modular(folder: str) -> Run:

@@ -137,7 +137,9 @@ def take_round(case: Case, order: list[str], turns: int, few: int, many: int) ->
             for clock, one in take_turn(runs[name], fewer, more).items():
                 taken[clock][name].append(one)
     equal = bool((pictures["triptych"] == pictures["modular"]).all())
-    spent = {clock: {name: middle(done) for name, done in by_name.items()} for clock, by_name in taken.items()}
+    spent: dict[Clock, dict[str, Spent]] = {
+        clock: {name: middle(done) for name, done in by_name.items()} for clock, by_name in taken.items()
+    }
     return Round(equal, spent)
 
 
@@ -155,8 +157,10 @@ def measure(case: Case, rounds: int, turns: int, few: int, many: int) -> tuple[b
         ).stdout  # fmt: skip
         equal, spent = json.loads(told.splitlines()[-1])
         done.append(Round(equal, {clock: {who: Spent(*one) for who, one in spent[clock].items()} for clock in CLOCKS}))
-    together = {clock: {name: [one.spent[clock][name] for one in done] for name in names} for clock in CLOCKS}
-    return all(one.equal for one in done), {clock: Turns(few, many, by_name) for clock, by_name in together.items()}
+    together: dict[Clock, Turns] = {
+        clock: Turns(few, many, {name: [one.spent[clock][name] for one in done] for name in names}) for clock in CLOCKS
+    }
+    return all(one.equal for one in done), together
 
 
 def per_step(case: Case, rounds: int, turns: int, few: int, many: int) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ import benchmarks
 from benchmarks import Row, report
 from benchmarks.first_picture import peak_bytes
 from benchmarks.generate import Spent, Turns, middle
+from benchmarks.layout import at_least, pinned
+from benchmarks.rates import completions, rate_of
+from benchmarks.waiting import CAPACITY, WaitingStage, alone
+from triptych.stage import Admitted, Full, Output, StageTask
 
 
 def test_a_miss_is_exit_code_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,3 +49,52 @@ def test_an_interrupted_turn_does_not_move_its_round() -> None:
 
 def test_peak_memory_is_bytes() -> None:
     assert 2**24 < peak_bytes() < 2**38
+
+
+def test_so_many_are_in_flight_and_no_more() -> None:
+    full, lock, now, most = threading.Barrier(4), threading.Lock(), 0, 0
+
+    def run() -> None:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        full.wait(30.0)  # passes only when four are here at once
+        with lock:
+            now -= 1
+
+    ended = completions(run, 4, 12)
+    assert len(ended) == 12 and ended == sorted(ended) and most == 4
+
+
+def test_what_a_request_raises_is_raised() -> None:
+    def run() -> None:
+        raise ValueError("no such thing")
+
+    with pytest.raises(ValueError, match="no such thing"):
+        completions(run, 2, 8)
+
+
+def test_a_rate_counts_from_when_all_have_begun() -> None:
+    # Two clients; their first requests came late and do not count.
+    assert rate_of([5.0, 5.0, 6.0, 6.5, 7.0, 7.5], 2) == pytest.approx(2.0)
+
+
+def test_a_waiting_stage_takes_what_a_real_one_does_and_waits() -> None:
+    stage = WaitingStage("denoise", 0.02)
+    answers = [stage.admit(StageTask(str(number), {}, 0)) for number in range(CAPACITY + 1)]
+    assert answers == [Admitted()] * CAPACITY + [Full()]
+    ends = [event.job for _ in range(CAPACITY) for event in stage.step() if isinstance(event, Output)]
+    assert ends == ["0", "1", "2", "3"] and stage.step() == []
+    assert alone(0.02, 3) <= 50
+
+
+def test_the_slowest_stage_has_a_processor_to_itself() -> None:
+    layout, own = pinned()
+    by_stage = {plan.stages[0]: plan.cpus for plan in layout.workers}
+    assert by_stage["denoise"] == own and all(plan.threads == 1 for plan in layout.workers)
+    assert by_stage["encode"] == by_stage["decode"]
+
+
+def test_a_figure_that_falls_short_is_a_miss() -> None:
+    assert at_least("throughput", 0.97, 0.97).met and at_least("throughput", 0.96, 0.97).met is False

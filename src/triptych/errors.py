@@ -6,16 +6,21 @@ from collections.abc import Iterable
 
 __all__ = [
     "Cancelled",
+    "Damaged",
     "DeviceError",
     "InvalidRequest",
     "LoadError",
     "MediaError",
     "ModelNotFound",
+    "NoWorker",
     "NotEnoughMemory",
+    "PayloadLost",
+    "QueueFull",
     "StageFailed",
     "TriptychError",
     "Unsupported",
     "WrongPayload",
+    "error_class",
 ]
 
 
@@ -88,6 +93,34 @@ class WrongPayload(TriptychError):
     code = "wrong_payload"
 
 
+class Damaged(WrongPayload):
+    """A payload's digest does not match: it was damaged on the way, and may arrive whole the next time."""
+
+    code = "payload_damaged"
+
+
+class PayloadLost(TriptychError):
+    """A payload cannot be had: its keeper is gone or cut off, has let go of it, or refused the ticket."""
+
+    code = "payload_lost"
+
+
+class QueueFull(TriptychError):
+    """No more jobs are taken for now; in about `retry_after` seconds there may be room."""
+
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0, field: str | None = None) -> None:
+        super().__init__(message, field=field)
+        self.retry_after = retry_after
+
+
+class NoWorker(TriptychError):
+    """A stage that the job needs has no worker, or nothing is taken any more."""
+
+    code = "no_worker"
+
+
 class Cancelled(TriptychError):
     """The job was cancelled; nothing is wrong with it."""
 
@@ -104,3 +137,13 @@ class StageFailed(TriptychError):
         self.stage = stage
         self.job = job
         self.original = original
+
+
+def error_class(code: str) -> type[TriptychError]:
+    """The class of that code; TriptychError itself for a code that none has."""
+    kinds = [TriptychError]
+    for kind in kinds:  # grows on the way: the whole tree
+        if kind.code == code:
+            return kind
+        kinds += kind.__subclasses__()
+    return TriptychError

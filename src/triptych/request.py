@@ -72,7 +72,7 @@ class Request(BaseModel):
             name = str(first["loc"][0]) if first["loc"] else "request"
             if first["type"] == "extra_forbidden":
                 raise InvalidRequest.of("request", name, sorted(cls.model_fields)) from None
-            raise InvalidRequest.of(name, first.get("input"), first["msg"]) from None
+            raise InvalidRequest.of(name, first.get("input"), first["msg"].removeprefix("Input should be ")) from None
 
     @field_validator("prompt", "negative_prompt", "images", "sigmas", mode="before")
     @classmethod

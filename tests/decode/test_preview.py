@@ -11,7 +11,10 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from tests.families import folder
-from triptych import Engine, LoadError, Progress, Request, Result
+from triptych import Engine, LoadError, Progress, Request, Result, Trust, Unsupported, WrongPayload
+from triptych.decode import LatentPreview, learn_preview
+from triptych.model import Components, Placement, describe, open_model, program
+from triptych.transfer import Payload, encode_payload
 
 
 def psnr(preview: Image.Image, picture: Image.Image) -> float:
@@ -55,6 +58,45 @@ def test_a_tiny_vae_decodes_previews_at_full_size(tmp_path: Path) -> None:
     ) as engine:
         previews, picture = watch(engine, request)
     assert [preview.size for preview in previews] == [picture.size] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["emoji", "flux", "flux2-klein", "qwen-image", "wan-t2v", "ltx", "stable-diffusion"])
+def test_the_map_crosses_to_a_process_without_the_vae(family: str) -> None:
+    model = family if family == "emoji" else str(folder(family))
+    topology = describe(open_model(model))
+    placement = Placement(torch.device("cpu"), torch.float32)
+    decode = program(topology, "decode")
+    decode.load(Components(topology.source), placement)
+    learned = learn_preview(decode, Trust())
+    far = LatentPreview.from_bytes(learned.to_bytes(), topology, placement, Trust())
+    latents = torch.randn(SHAPES.get(family, (1, 4, 8, 8)), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(far({}, latents), LatentPreview(decode)({}, latents))
+    parts = [part for part in far._program.components.values() if isinstance(part, torch.nn.Module)]
+    weights = [item for part in parts for item in part.parameters() if not item.is_meta]
+    assert sum(item.numel() for item in weights) == 0
+
+
+SHAPES = {
+    "emoji": (1, 8, 1, 16, 16),
+    "flux2-klein": (1, 16, 8, 8),
+    "qwen-image": (1, 16, 1, 8, 8),
+    "wan-t2v": (1, 16, 2, 8, 8),
+    "ltx": (1, 8, 2, 8, 8),
+}
+
+
+@torch.no_grad()
+def test_a_map_that_was_not_fitted_or_is_none_is_refused() -> None:
+    topology = describe(open_model(str(folder("flux"))))
+    placement = Placement(torch.device("cpu"), torch.float32)
+    decode = program(topology, "decode")
+    decode.load(Components(topology.source), placement)
+    with pytest.raises(Unsupported, match="fitted"):
+        LatentPreview(decode).to_bytes()
+    head, body = encode_payload(Payload({"weights": 1}))
+    with pytest.raises(WrongPayload, match="no map"):
+        LatentPreview.from_bytes(b"".join([len(head).to_bytes(4, "big"), head, *body]), topology, placement, Trust())
 
 
 def test_a_folder_without_a_vae_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -18,13 +17,9 @@ import transformers
 
 from tests.families.base import Family, picture
 from tests.families.modular import MODULAR
+from tests.families.standard import STANDARD
 
 __all__ = ["FAMILIES", "Family", "folder", "picture"]
-
-if importlib.util.find_spec("tests.families.standard") is not None:
-    from tests.families.standard import STANDARD
-else:
-    STANDARD = {}
 
 FAMILIES: dict[str, Family] = {**MODULAR, **STANDARD}
 

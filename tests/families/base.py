@@ -35,6 +35,23 @@ class Family:
     """What changes in `standard` for them, where that is something else."""
 
 
+STILL = {"height": 64, "width": 64}
+PROMPT = {"prompt": "a photo of a cat"}
+BOTH = {**PROMPT, "negative_prompt": "bad quality"}
+TWO_PROMPTS = {"prompt": ["a photo of a cat", "make the sky red"]}
+TWO_NEGATIVES = {"negative_prompt": ["bad quality", "blurry"]}
+"""What the families' runs ask for."""
+
+
+def guided(
+    name: str, builder: Callable[[], Any], fields: dict[str, Any], scale: float, key: str = "guidance_scale",
+    unguided: float = 1.0, switchable: bool = True, **more: Any,
+) -> Family:  # fmt: skip
+    """A family whose standard pipeline takes the guidance as `key`, and is without it at `unguided`."""
+    off = {key: unguided} if switchable else {}
+    return Family(name, builder, fields, scale, {**fields, key: scale}, off=off, unguided=unguided, **more)
+
+
 def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
     """A picture of noise."""
     values = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)

@@ -30,7 +30,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     WanImageToVideoPipeline,
-    WanPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -42,21 +41,25 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
     Qwen3ForCausalLM,
-    UMT5Config,
-    UMT5EncoderModel,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.families import parts, tokenizers
-from tests.families.base import Family, picture, randomize, seeded
+from tests.families.base import (
+    BOTH,
+    PROMPT,
+    STILL,
+    TWO_NEGATIVES,
+    TWO_PROMPTS,
+    Family,
+    guided,
+    picture,
+    randomize,
+    seeded,
+)
 
-STILL = {"height": 64, "width": 64}
 CLIP = {"height": 32, "width": 32, "num_frames": 9}
-PROMPT = {"prompt": "a photo of a cat"}
-BOTH = {**PROMPT, "negative_prompt": "bad quality"}
-TWO_PROMPTS = {"prompt": ["a photo of a cat", "make the sky red"]}
-TWO_NEGATIVES = {"negative_prompt": ["bad quality", "blurry"]}
 
 
 def flux() -> Any:
@@ -96,21 +99,8 @@ def qwen_image() -> Any:
     )
 
 
-def wan_t2v() -> Any:
-    """Wan2.1 text to video."""
-    tokenizer = tokenizers.t5()
-    return WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=parts.t5_encoder(tokenizer, UMT5EncoderModel, UMT5Config),
-        vae=parts.wan_vae(),
-        scheduler=parts.wan_scheduler(),
-        transformer=parts.wan_transformer(),
-    )
-
-
 def wan_i2v() -> Any:
     """Wan2.1 image to video."""
-    tokenizer = tokenizers.t5()
     vision = CLIPVisionConfig(
         hidden_size=16,
         projection_dim=16,
@@ -120,11 +110,8 @@ def wan_i2v() -> Any:
         intermediate_size=16,
         patch_size=8,
     )
-    return WanImageToVideoPipeline(
-        tokenizer=tokenizer,
-        text_encoder=parts.t5_encoder(tokenizer, UMT5EncoderModel, UMT5Config),
-        vae=parts.wan_vae(),
-        scheduler=parts.wan_scheduler(),
+    return parts.wan(
+        WanImageToVideoPipeline,
         image_processor=CLIPImageProcessorPil(crop_size=32, size=32),
         image_encoder=seeded(10, lambda: CLIPVisionModel(vision)),
         transformer=parts.wan_transformer(in_channels=36, image_dim=16),
@@ -133,16 +120,7 @@ def wan_i2v() -> Any:
 
 def wan22() -> Any:
     """Wan2.2 text to video with two experts."""
-    tokenizer = tokenizers.t5()
-    return WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=parts.t5_encoder(tokenizer, UMT5EncoderModel, UMT5Config),
-        vae=parts.wan_vae(),
-        scheduler=parts.wan_scheduler(),
-        transformer=parts.wan_transformer(9),
-        transformer_2=parts.wan_transformer(19),
-        boundary_ratio=0.875,
-    )
+    return parts.wan(transformer_2=parts.wan_transformer(19), boundary_ratio=0.875)
 
 
 def z_image() -> Any:
@@ -358,72 +336,37 @@ def qwen_image_edit_plus() -> Any:
 
 def _stills() -> list[Family]:
     run = {**PROMPT, **STILL, "num_inference_steps": 3, "max_sequence_length": 32}
-    qwen = {**BOTH, **STILL, "num_inference_steps": 3, "max_sequence_length": 64}
-    guided = {**BOTH, **STILL, "num_inference_steps": 3}
-    both_t5 = {**guided, "max_sequence_length": 32}
+    long = {**BOTH, **STILL, "num_inference_steps": 3, "max_sequence_length": 64}
     klein = {**run, "max_sequence_length": 64, "text_encoder_out_layers": [1, 2, 3]}
     edit = {**BOTH, "image": [picture(0), picture(1)], "num_inference_steps": 2, **STILL}
+    plain = {**BOTH, **STILL, "num_inference_steps": 3}
     two = {**TWO_PROMPTS, "num_images_per_prompt": 2}
     both = {**two, **TWO_NEGATIVES}
-    off = {"guidance_scale": 1.0}
     return [
-        Family("flux", flux, run, 3.5, {**run, "guidance_scale": 3.5}, two=two),
+        guided("flux", flux, run, 3.5, switchable=False, two=two),
         Family("flux2-klein", flux2_klein, klein, None, klein, two=two),
-        Family(
-            "qwen-image",
-            qwen_image,
-            qwen,
-            4.0,
-            {**qwen, "true_cfg_scale": 4.0},
-            off={"true_cfg_scale": 1.0},
-            two=both,
-        ),
-        Family(
-            "qwen-image-edit-plus",
-            qwen_image_edit_plus,
-            edit,
-            4.0,
-            {**edit, "true_cfg_scale": 4.0},
-            off={"true_cfg_scale": 1.0},
-        ),
-        Family(
-            "z-image",
-            z_image,
-            qwen,
-            4.0,
-            {**qwen, "guidance_scale": 4.0},
-            off={"guidance_scale": 0.0},
-            unguided=0.0,
-            two=both,
-        ),
-        Family("sd3", sd3, both_t5, 5.0, {**both_t5, "guidance_scale": 5.0}, off=off, two=both),
-        Family("sdxl", sdxl, guided, 5.0, {**guided, "guidance_scale": 5.0}, off=off, two=both),
+        guided("qwen-image", qwen_image, long, 4.0, "true_cfg_scale", two=both),
+        guided("qwen-image-edit-plus", qwen_image_edit_plus, edit, 4.0, "true_cfg_scale"),
+        guided("z-image", z_image, long, 4.0, unguided=0.0, two=both),
+        guided("sd3", sd3, {**plain, "max_sequence_length": 32}, 5.0, two=both),
+        guided("sdxl", sdxl, plain, 5.0, two=both),
     ]
 
 
 def _clips() -> list[Family]:
     wan = {**BOTH, **CLIP, "num_inference_steps": 3, "max_sequence_length": 32}
-    i2v = {**wan, "image": picture(0, 32, 32)}
-    ltx_run = {**wan, **STILL}
+    experts = {**wan, "num_inference_steps": 5, "guidance_scale_2": 3.0}
     hunyuan = {**BOTH, **STILL, "num_frames": 5, "num_inference_steps": 2, "prompt": 'a sign that says "cat"'}
     two = {**TWO_PROMPTS, **TWO_NEGATIVES, "num_videos_per_prompt": 2}
     four = {
         "prompt": [prompt for prompt in TWO_PROMPTS["prompt"] for _ in range(2)],
         "negative_prompt": [prompt for prompt in TWO_NEGATIVES["negative_prompt"] for _ in range(2)],
     }
-    off = {"guidance_scale": 1.0}
     return [
-        Family("wan-t2v", wan_t2v, wan, 5.0, {**wan, "guidance_scale": 5.0}, off=off, two=two),
-        Family("wan-i2v", wan_i2v, i2v, 5.0, {**i2v, "guidance_scale": 5.0}, off=off),
-        Family(
-            "wan2.2",
-            wan22,
-            {**wan, "num_inference_steps": 5, "guidance_scale_2": 3.0},
-            5.0,
-            {**wan, "num_inference_steps": 5, "guidance_scale": 5.0, "guidance_scale_2": 3.0},
-            two=two,
-        ),
-        Family("ltx", ltx, ltx_run, 3.0, {**ltx_run, "guidance_scale": 3.0}, off=off, two=two),
+        guided("wan-t2v", parts.wan, wan, 5.0, two=two),
+        guided("wan-i2v", wan_i2v, {**wan, "image": picture(0, 32, 32)}, 5.0),
+        guided("wan2.2", wan22, experts, 5.0, switchable=False, two=two),
+        guided("ltx", ltx, {**wan, **STILL}, 3.0, two=two),
         # The standard pipeline fails on several clips of one prompt.
         Family("hunyuan-video-1.5", hunyuan_video15, hunyuan, 6.0, hunyuan, two=two, two_standard=four),
     ]

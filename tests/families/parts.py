@@ -15,6 +15,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     QwenImageTransformer2DModel,
     UniPCMultistepScheduler,
+    WanPipeline,
     WanTransformer3DModel,
 )
 from transformers import (
@@ -26,6 +27,8 @@ from transformers import (
     Qwen3Model,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from tests.families import tokenizers
@@ -225,3 +228,16 @@ def flux_scheduler() -> FlowMatchEulerDiscreteScheduler:
 def wan_scheduler() -> UniPCMultistepScheduler:
     """Wan's schedule."""
     return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+def wan(kind: Any = WanPipeline, **components: Any) -> Any:
+    """A pipeline of Wan's; `components` beside or in place of the usual ones."""
+    tokenizer = tokenizers.t5()
+    usual = {
+        "tokenizer": tokenizer,
+        "text_encoder": t5_encoder(tokenizer, UMT5EncoderModel, UMT5Config),
+        "scheduler": wan_scheduler(),
+    }
+    usual["vae"] = components.pop("vae", None) or wan_vae()
+    usual["transformer"] = components.pop("transformer", None) or wan_transformer()
+    return kind(**usual, **components)

@@ -20,23 +20,26 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
-    WanPipeline,
 )
-from transformers import LlamaConfig, LlamaModel, UMT5Config, UMT5EncoderModel
+from transformers import LlamaConfig, LlamaModel
 
 from tests.families import parts, tokenizers
-from tests.families.base import Family, picture, randomize, seeded
-
-STILL = {"height": 64, "width": 64}
-PROMPT = {"prompt": "a photo of a cat"}
-BOTH = {**PROMPT, "negative_prompt": "bad quality"}
-TWO_PROMPTS = {"prompt": ["a photo of a cat", "make the sky red"]}
-TWO_NEGATIVES = {"negative_prompt": ["bad quality", "blurry"]}
+from tests.families.base import (
+    BOTH,
+    PROMPT,
+    STILL,
+    TWO_NEGATIVES,
+    TWO_PROMPTS,
+    Family,
+    guided,
+    picture,
+    randomize,
+    seeded,
+)
 
 
 def wan22_ti2v() -> Any:
     """Wan2.2-TI2V-5B: a timestep per token, a VAE of 48 channels and 16 pixels a latent."""
-    tokenizer: Any = tokenizers.t5()
     vae = parts.wan_vae(
         48,
         is_residual=True,
@@ -46,15 +49,7 @@ def wan22_ti2v() -> Any:
         decoder_base_dim=8,
         scale_factor_spatial=16,
     )
-    scheduler: dict[str, Any] = {"scheduler": parts.wan_scheduler()}
-    return WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=parts.t5_encoder(tokenizer, UMT5EncoderModel, UMT5Config),
-        vae=vae,
-        transformer=parts.wan_transformer(in_channels=48, out_channels=48),
-        expand_timesteps=True,
-        **scheduler,
-    )
+    return parts.wan(vae=vae, transformer=parts.wan_transformer(in_channels=48, out_channels=48), expand_timesteps=True)
 
 
 def llama(tokenizer: Any, seed: int = 21) -> Any:
@@ -204,50 +199,13 @@ def _families() -> list[Family]:
     varied = {**BOTH, "image": picture(0), "strength": 0.7, "num_inference_steps": 4}
     cog = {**BOTH, "height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 3, "max_sequence_length": 16}
     pairs = {**TWO_PROMPTS, **TWO_NEGATIVES}
-    off = {"guidance_scale": 1.0}
+    clips, stills = {"num_videos_per_prompt": 2}, {"num_images_per_prompt": 2}
     return [
-        Family(
-            "wan2.2-ti2v",
-            wan22_ti2v,
-            wan,
-            5.0,
-            {**wan, "guidance_scale": 5.0},
-            off=off,
-            two={**pairs, "num_videos_per_prompt": 2},
-        ),
-        Family(
-            "hunyuan-video",
-            hunyuan_video,
-            hunyuan,
-            6.0,
-            {**hunyuan, "guidance_scale": 6.0},
-            two={**TWO_PROMPTS, "num_videos_per_prompt": 2},
-        ),
-        Family(
-            "stable-diffusion",
-            stable_diffusion,
-            stable,
-            5.0,
-            {**stable, "guidance_scale": 5.0},
-            off=off,
-            two={**pairs, "num_images_per_prompt": 2},
-        ),
-        Family(
-            "stable-diffusion-img2img",
-            stable_diffusion_img2img,
-            varied,
-            5.0,
-            {**varied, "guidance_scale": 5.0},
-            off=off,
-        ),
-        Family(
-            "cogvideox",
-            cogvideox,
-            cog,
-            5.0,
-            {**cog, "guidance_scale": 5.0},
-            off=off,
-        ),
+        guided("wan2.2-ti2v", wan22_ti2v, wan, 5.0, two={**pairs, **clips}),
+        guided("hunyuan-video", hunyuan_video, hunyuan, 6.0, switchable=False, two={**TWO_PROMPTS, **clips}),
+        guided("stable-diffusion", stable_diffusion, stable, 5.0, two={**pairs, **stills}),
+        guided("stable-diffusion-img2img", stable_diffusion_img2img, varied, 5.0),
+        guided("cogvideox", cogvideox, cog, 5.0),
         Family("ddpm", ddpm, {"num_inference_steps": 3}, None, {"num_inference_steps": 3}),
     ]
 

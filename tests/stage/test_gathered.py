@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from triptych.errors import Cancelled, StageFailed, WrongPayload
 from triptych.model import Components, Placement, TaskInputs, TaskOutputs
 from triptych.stage import (
     Admitted,
+    Checkpoint,
     Failed,
     Full,
     GatherStage,
@@ -23,9 +25,11 @@ from triptych.stage import (
     StageEvent,
     StageTask,
     StepDone,
+    gathered,
 )
 from triptych.stage.gather import Gather, ModeChanged, Parked
-from triptych.transfer import Payload
+from triptych.transfer import Payload, encode_payload
+from triptych.transfer.payload import decode_header
 
 
 @pytest.fixture(autouse=True)
@@ -209,3 +213,98 @@ def test_a_task_that_swallows_its_cancellation_is_gone_all_the_same() -> None:
     stage.step()
     stage.cancel("a")
     assert stage.step() == [] and stage.admit(StageTask("a", {}, 0)) == Admitted()
+
+
+def kept(stage: GatherStage, *tasks: StageTask) -> dict[str, list[int]]:
+    """The steps after which each task gave a checkpoint."""
+    for task in tasks:
+        assert stage.admit(task) == Admitted()
+    found: dict[str, list[int]] = {task.job: [] for task in tasks}
+    for event in drive(stage):
+        if isinstance(event, Checkpoint):
+            assert (event.payload.job, event.payload.stage) == (event.job, "denoise")
+            found[event.job].append(event.step)
+    return found
+
+
+def test_checkpoints_come_between_steps_and_only_when_asked_for() -> None:
+    tasks = [
+        StageTask("each", {"num_inference_steps": 4}, 0, checkpoint_seconds=0.0),
+        StageTask("never", {"num_inference_steps": 4}, 0),
+        StageTask("seldom", {"num_inference_steps": 4}, 0, checkpoint_seconds=3600.0),
+        StageTask("one step", {"num_inference_steps": 1}, 0, checkpoint_seconds=0.0),
+        StageTask("opaque", {"num_inference_steps": 4, "opaque": True}, 0, checkpoint_seconds=0.0),
+    ]
+    assert kept(make(), *tasks) == {"each": [1, 2, 3], "never": [], "seldom": [], "one step": [], "opaque": []}
+
+
+def test_seconds_are_the_tasks_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One second a call, two tasks in turn: what one waits for the other does not count."""
+    now = [0.0]
+    monkeypatch.setattr(gathered, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Slow(Network):
+        def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
+            now[0] += 1.0
+            return super().forward(hidden_states, timestep)
+
+    tasks = [StageTask(job, {"num_inference_steps": 7}, 0, checkpoint_seconds=2.0) for job in "ab"]
+    assert kept(make(network=Slow()), *tasks) == {"a": [2, 4, 6], "b": [2, 4, 6]}
+
+
+def test_a_payload_says_which_attempt_made_it() -> None:
+    stage = make()
+    stage.admit(StageTask("a", {"num_inference_steps": 2}, 0, attempt=3, checkpoint_seconds=0.0))
+    made = [event.payload for event in drive(stage) if isinstance(event, Checkpoint | Output)]
+    assert [payload.attempt for payload in made] == [3, 3]
+
+
+def test_an_exact_task_is_never_in_a_group() -> None:
+    class Grouping(GatherStage):
+        """Takes all there are."""
+
+        def _group(self) -> list[Live]:
+            return list(self._live.values())
+
+    def stage(exact: bool) -> GatherStage:
+        made = Grouping(ToyProgram(Network()), Components(SOURCE), Placement(torch.device("cpu")))
+        made.load(lambda _: None)
+        for job in "ab":
+            made.admit(StageTask(job, {"num_inference_steps": 1}, 0, exact=exact and job == "b"))
+        return made
+
+    assert len([event for event in drive(stage(exact=False)) if isinstance(event, Output)]) == 2
+    with pytest.raises(AssertionError, match="an exact task runs alone"):
+        stage(exact=True).step()
+
+
+def test_what_is_no_checkpoint_is_refused_at_once() -> None:
+    task = StageTask("a", {"num_inference_steps": 2}, 0, checkpoint=Payload({"x": torch.ones(1)}))
+    refused = make().admit(task)
+    assert isinstance(refused, Refused) and refused.error.field == "checkpoint.form"
+
+
+@pytest.mark.parametrize(
+    ("values", "limit", "said"),
+    [
+        ({"start": torch.ones(4)}, None, None),
+        ({"start": torch.ones(4)}, 64, None),
+        ({"start": torch.ones(17)}, 64, r"given 128 bytes; allowed: at most 64 for stage denoise"),
+        ({"start": torch.ones(1), "height": 9}, None, r"height: stage denoise takes no height"),
+    ],
+)
+def test_what_may_arrive_is_known_before_it_is_fetched(values: dict[str, Any], limit: int | None, said: Any) -> None:
+    header = decode_header(encode_payload(Payload(values))[0])
+    if said is None:
+        make().expects(header, limit)
+        return
+    with pytest.raises(WrongPayload, match=said):
+        make().expects(header, limit)
+
+
+def test_what_a_checkpoint_may_bring() -> None:
+    stage = make()
+    names = {"form": 1, "step": 1, "parts": {"state": {"latents": torch.ones(4)}}}
+    stage.expects_checkpoint(decode_header(encode_payload(Payload(names))[0]), 64)
+    with pytest.raises(WrongPayload, match=r"latents: a checkpoint of stage denoise takes no latents"):
+        stage.expects_checkpoint(decode_header(encode_payload(Payload({"latents": torch.ones(4)}))[0]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from triptych.model import Components, Placement, Step, TaskInputs, TaskOutputs
+from triptych.model import Components, Pause, Placement, Step, TaskInputs, TaskOutputs
 from triptych.model.topology import (
     Defaults,
     InputInfo,
@@ -72,11 +72,19 @@ class ToyProgram:
         if task.fields.get("explode"):
             raise ValueError("boom")
         for index in range(steps):
+            if index:
+                self._pause(task, index, x)
             x = x + network(hidden_states=x, timestep=torch.tensor((index + 1) / steps))
             x = x + 0.1 * torch.randn(1, 4, generator=task.generator)
             if on_step is not None:
                 on_step(Step(index, steps, x))
         return TaskOutputs({"latents": x})
+
+    @staticmethod
+    def _pause(task: TaskInputs, done: int, x: torch.Tensor) -> None:
+        if task.keep is not None:
+            plain = not task.fields.get("opaque")
+            task.keep(Pause(done, task.fields["num_inference_steps"], lambda: {"x": x.clone()} if plain else None))
 
     def boundary_latents(self, task: TaskInputs, latents: torch.Tensor) -> torch.Tensor:
         return latents

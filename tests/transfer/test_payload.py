@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import msgspec
 import pytest
 import torch
 
-from triptych.errors import WrongPayload
+from triptych.errors import Damaged, WrongPayload
 from triptych.transfer import Payload, decode_payload, encode_payload
+from triptych.transfer.staging import to_host
 
 DTYPES = [
     torch.float32,
@@ -107,10 +111,15 @@ def test_a_flipped_byte_is_found() -> None:
         ({"tensors": [["float32", [1 << 40], 0, 4, b""]]}, "cannot have"),
         ({"tensors": [["float32", [1], 1 << 40, 4, b""]]}, "outside"),
         ({"tensors": [["float32", [-1], 0, 4, b""]]}, "impossible"),
+        ({"tensors": [["float32", [1 << 40, 1 << 40, 0], 0, 0, b""]]}, "impossible shape"),
+        ({"tensors": [["float32", [1 << 63, 0], 0, 0, b""]]}, "impossible shape"),
         ({"tensors": [["float32", [1], 0, 4, b"", [1]]]}, "impossible order"),
         ({"tensors": [["object", [1], 0, 4, b""]]}, "unknown dtype"),
         ({"values": {"x": msgspec.msgpack.Ext(9, b"")}}, "unknown kind"),
         ({"values": {"x": msgspec.msgpack.Ext(1, b"\xff\xff")}}, "unreadable"),
+        ({"values": {"x": msgspec.msgpack.Ext(2, b"\x05")}}, "unreadable"),
+        ({"values": {1: 2}}, "without names"),
+        ({"values": 5}, "unreadable"),
     ],
 )
 def test_forged_headers_are_refused(change: dict[str, object], message: str) -> None:
@@ -126,3 +135,35 @@ def test_garbage_is_refused() -> None:
     header, body = wire(Payload({"x": torch.zeros(8)}))
     with pytest.raises(WrongPayload, match="body of"):
         decode_payload(header, body[:-1])
+
+
+def test_what_is_no_plain_tensor_is_refused() -> None:
+    for strange in (torch.eye(3).to_sparse(), torch.empty(3, device="meta")):
+        with pytest.raises(WrongPayload, match="x: a sparse, quantized or meta tensor"):
+            encode_payload(Payload({"x": strange}))
+
+
+def test_a_digest_that_does_not_match_is_told_apart() -> None:
+    header, body = wire(Payload({"x": torch.ones(9)}))
+    body[3] ^= 1
+    with pytest.raises(Damaged):
+        decode_payload(header, body)
+
+
+def test_nothing_holds_the_tensors_once_the_payload_is_gone() -> None:
+    """No cycles: memory would stay until the next garbage collection."""
+    gc.disable()
+    try:
+        tensor = torch.ones(9)
+        gone = weakref.ref(tensor)
+        payload = decode_payload(*wire(Payload({"x": tensor, "nested": [(tensor,)]})))
+        arrived = weakref.ref(payload.values["x"])
+        del tensor, payload
+        assert gone() is None and arrived() is None
+    finally:
+        gc.enable()
+
+
+def test_host_tensors_are_staged_as_they_are() -> None:
+    tensors = [torch.ones(3), torch.zeros(2, 2).t()]
+    assert all(got is sent for got, sent in zip(to_host(tensors), tensors, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import re
 import sys
 from collections.abc import Sequence
@@ -14,6 +16,12 @@ from triptych.cli.check import check
 from triptych.cli.doctor import doctor
 from triptych.cli.generate import generate
 from triptych.cli.inspect import inspect
+from triptych.cli.keys import keys
+from triptych.cli.layout import layout
+from triptych.cli.replay import replay
+from triptych.cli.serve import serve
+from triptych.cli.status import status
+from triptych.cli.worker import worker
 from triptych.errors import Cancelled, TriptychError
 from triptych.noise import hush
 
@@ -29,6 +37,12 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(inspect)
+app.command()(serve)
+app.command()(worker)
+app.command()(status)
+app.add_typer(layout, name="layout")
+app.command()(keys)
+app.command()(replay)
 app.command()(check)
 app.command()(doctor)
 
@@ -63,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given[:ours]
     given = [word for at, word in enumerate(given) if at >= ours or word != "--debug"]
     hush()
+    atexit.register(gc.freeze)  # or the interpreter spends a second of its end on looking through all of torch
     try:
         return _run(given or ["--help"])
     except (KeyboardInterrupt, Cancelled):

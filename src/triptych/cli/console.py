@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
+    from rich.table import Table
 
     from triptych.request import Progress, StageTime
     from triptych.stage import LoadProgress
 
-__all__ = ["Display", "human_bytes", "note", "times_table", "warn"]
+__all__ = ["Display", "grid", "human_bytes", "note", "table_console", "times_table", "warn"]
+
+_PIPED_WIDTH = 140
+"""Columns of a table when the output is not a terminal."""
 
 _LINES_PER_STAGE = 10
 
@@ -40,6 +44,25 @@ def human_bytes(count: float) -> str:
         count /= 1024
         del units[0]
     return f"{count:.0f} {units[0]}" if count >= 100 else f"{count:.3g} {units[0]}"
+
+
+def table_console() -> Console:
+    """Where tables are printed: standard output, wide enough to be read by a program too."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    return console if console.is_terminal else Console(highlight=False, width=_PIPED_WIDTH)
+
+
+def grid(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """A plain table with these headings, those in `right` aligned to the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
 
 
 class Display:

@@ -74,6 +74,7 @@ def generate(
         str | None,
         typer.Option(help="What to ask of a model that does several things."),
     ] = None,
+    layout: Annotated[str, typer.Option(help="fused (one process), split (one a stage), or a layout file.")] = "fused",
     device: Annotated[
         str,
         typer.Option(help="auto, cpu, cuda, xpu or mps; with an index such as xpu:1."),
@@ -150,6 +151,7 @@ def generate(
             opening=Opening(
                 model=model,
                 workflow=workflow,
+                layout=layout,
                 device=device,
                 dtype=dtype,
                 revision=revision,

@@ -42,6 +42,7 @@ class Opening:
     allow_pickle: bool
     allow_remote_code: bool
     preview_vae: Path | None = None
+    layout: str = "fused"
 
     def completed(self, settings: Settings | None) -> Opening:
         """With what the settings say where the person said nothing. What is allowed is never theirs to say.
@@ -66,14 +67,17 @@ class Opening:
     def check(self, request: Request, target: Target) -> None:
         """Looks at the model without reading a weight: would it serve the request? Loading can take minutes,
         and nobody should wait them for an error. Raises TriptychError."""
+        from triptych.config import Layout
         from triptych.device import free_bytes, pick_device, pick_dtype
         from triptych.model import describe, open_model, resolve
 
         assert self.model is not None
+        layout = Layout.of(self.layout)
         device = pick_device(self.device)
         pick_dtype(self.dtype, device)
         source = open_model(self.model, revision=self.revision, offline=self.offline, trust=self.trust)
         topology = describe(source, self.workflow, self.trust)
+        layout.check([part.name for part in topology.stages])
         target.check_makes(topology.makes)
         resolve(topology, request, free_bytes(device))
         check_weights(topology, self.trust)
@@ -92,6 +96,7 @@ class Opening:
             offline=self.offline,
             trust=self.trust,
             preview_vae=None if self.preview_vae is None else str(self.preview_vae),
+            layout=self.layout,
             report=display.loaded,
         )
 

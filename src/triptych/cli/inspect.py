@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from triptych.cli.console import human_bytes
+from triptych.cli.console import grid, human_bytes, table_console
 from triptych.cli.weights import refused_weights
 
 if TYPE_CHECKING:
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from triptych.model import BoundaryTensor, ComponentInfo, StageTopology, Topology
 
 __all__ = ["inspect"]
-
-_PIPED_WIDTH = 140
-"""Columns when the output is not a terminal."""
 
 
 def inspect(
@@ -96,11 +93,7 @@ def _encoder(causal: bool | None) -> str | None:
 
 
 def _show(topology: Topology, crossing: dict[str, list[BoundaryTensor]], size: _Size) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_PIPED_WIDTH)
+    console = table_console()
     for line in _facts(topology):
         console.print(line, markup=False)
     for title, table in (
@@ -151,18 +144,8 @@ def _inputs(topology: Topology) -> list[str]:
     return list(found.values())
 
 
-def _grid(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return table
-
-
 def _components(topology: Topology) -> Table:
-    table = _grid("name", "class", "parameters", "bytes", "dtype", "kind", right=("parameters", "bytes"))
+    table = grid("name", "class", "parameters", "bytes", "dtype", "kind", right=("parameters", "bytes"))
     for info in topology.components.values():
         table.add_row(
             info.name,
@@ -181,7 +164,7 @@ def _kind(info: ComponentInfo) -> str:
 
 
 def _stages(topology: Topology) -> Table:
-    table = _grid("stage", "loads", "reads", "weights", "takes", "gives", right=("weights",))
+    table = grid("stage", "loads", "reads", "weights", "takes", "gives", right=("weights",))
     for stage in topology.stages:
         table.add_row(
             stage.name,
@@ -201,7 +184,7 @@ def _crossing_title(topology: Topology, size: _Size) -> str:
 
 
 def _crossing(crossing: dict[str, list[BoundaryTensor]]) -> Table:
-    table = _grid("from", "tensor", "dtype", "shape", "bytes", right=("bytes",))
+    table = grid("from", "tensor", "dtype", "shape", "bytes", right=("bytes",))
     for stage, tensors in crossing.items():
         for tensor in tensors:
             shape = "unknown" if tensor.shape is None else "×".join(map(str, tensor.shape)) or "scalar"

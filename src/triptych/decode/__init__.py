@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from triptych.decode.media import (
         check_fps,
+        clip_bytes,
+        image_bytes,
         read_image,
         read_mask,
         to_clips,
@@ -24,14 +26,25 @@ if TYPE_CHECKING:
         repeat_settings,
         settings_of,
     )
-    from triptych.decode.preview import LatentPreview, load_preview_vae
+    from triptych.decode.preview import LatentPreview, learn_preview, load_preview_vae
     from triptych.decode.stage import DecodeStage, FusedStage
 
 # Imported on first use: reading and writing media needs no torch, and must not pay for it.
 _FILES = {
-    "media": ("check_fps", "read_image", "read_mask", "to_clips", "to_images", "to_uint8", "write_clip", "write_image"),
+    "media": (
+        "check_fps",
+        "clip_bytes",
+        "image_bytes",
+        "read_image",
+        "read_mask",
+        "to_clips",
+        "to_images",
+        "to_uint8",
+        "write_clip",
+        "write_image",
+    ),
     "metadata": ("Settings", "digest", "encode_settings", "read_settings", "repeat_settings", "settings_of"),
-    "preview": ("LatentPreview", "load_preview_vae"),
+    "preview": ("LatentPreview", "learn_preview", "load_preview_vae"),
     "stage": ("DecodeStage", "FusedStage"),
 }
 _HOME = {name: file for file, names in _FILES.items() for name in names}
@@ -42,8 +55,11 @@ __all__ = [
     "LatentPreview",
     "Settings",
     "check_fps",
+    "clip_bytes",
     "digest",
     "encode_settings",
+    "image_bytes",
+    "learn_preview",
     "load_preview_vae",
     "read_image",
     "read_mask",

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -38,6 +39,8 @@ __all__ = [
     "MIN_FPS",
     "VIDEO_SUFFIXES",
     "check_fps",
+    "clip_bytes",
+    "image_bytes",
     "open_image",
     "read_bytes",
     "read_image",
@@ -60,6 +63,7 @@ MIN_FPS, MAX_FPS = 0.0001, 1000
 ImageFormat = Literal["png", "webp", "jpeg"]
 IMAGE_SUFFIXES: dict[str, ImageFormat] = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 VIDEO_SUFFIXES: dict[str, Literal["mp4"]] = {".mp4": "mp4"}
+IMAGE_FORMATS = tuple(dict.fromkeys(IMAGE_SUFFIXES.values()))
 
 _ALLOWED = "a PNG, JPEG, WebP, GIF, BMP or AVIF picture, not animated"
 _ASCII = b"ASCII\x00\x00\x00"
@@ -298,6 +302,21 @@ def write_image(
     format = format or IMAGE_SUFFIXES.get(Path(path).suffix.lower())
     if format is None:
         raise _refuse(repr(os.fspath(path)), "an unsupported suffix", "output", ", ".join(IMAGE_SUFFIXES))
+    with replacing(path) as temporary:
+        _save(image, temporary, format, metadata)
+
+
+def image_bytes(image: Image.Image, format: str, metadata: str | None = None) -> bytes:
+    """A picture's file as bytes, as `write_image` writes it. Raises InvalidRequest for a format that is not
+    written."""
+    if format not in IMAGE_FORMATS:
+        raise InvalidRequest.of("output_format", format, IMAGE_FORMATS)
+    file = io.BytesIO()
+    _save(image, file, format, metadata)
+    return file.getvalue()
+
+
+def _save(image: Image.Image, file: Path | io.BytesIO, format: str, metadata: str | None) -> None:
     options: dict[str, Any] = {}
     if format == "png":
         if metadata is not None:
@@ -309,8 +328,7 @@ def write_image(
             options["exif"] = exif.with_user_comment(_ASCII + metadata.encode("ascii"))
     if format == "jpeg" and image.mode not in ("L", "RGB"):
         image = _to_rgb(image)
-    with replacing(path) as temporary:
-        image.save(temporary, format=format.upper(), **options)
+    image.save(file, format=format.upper(), **options)
 
 
 def check_fps(fps: float) -> None:
@@ -326,6 +344,20 @@ def write_clip(clip: Clip, path: str | os.PathLike[str], metadata: str | None = 
     file's comment. Raises MediaError if the path cannot be written, InvalidRequest for a rate outside MIN_FPS to
     MAX_FPS, Unsupported if this PyAV has no H.264 encoder.
     """
+    with replacing(path) as temporary:
+        _write_mp4(clip, temporary, metadata)
+
+
+def clip_bytes(clip: Clip, metadata: str | None = None) -> bytes:
+    """A clip's MP4 file as bytes, as `write_clip` writes it. Raises InvalidRequest or Unsupported."""
+    # The index is moved to the front by reading the file again, so it has to be one.
+    with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
+        path = Path(folder) / "clip.mp4"
+        _write_mp4(clip, path, metadata)
+        return path.read_bytes()
+
+
+def _write_mp4(clip: Clip, path: Path, metadata: str | None) -> None:
     frames = clip.frames
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"frames of {frames.dtype} {frames.shape}, expected uint8 (frames, height, width, 3)")
@@ -333,9 +365,7 @@ def write_clip(clip: Clip, path: str | os.PathLike[str], metadata: str | None = 
     padding = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
     if height % 2 or width % 2:
         frames = np.pad(frames, padding, mode="edge")
-    rate = _frame_rate(clip.fps)
-    with replacing(path) as temporary:
-        _encode_mp4(frames, rate, temporary, metadata)
+    _encode_mp4(frames, _frame_rate(clip.fps), path, metadata)
 
 
 def _frame_rate(fps: float) -> Fraction:

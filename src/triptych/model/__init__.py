@@ -9,9 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from triptych.model.contract import StageProgram, Step, TaskInputs, TaskOutputs
+    from triptych.model.contract import Pause, StageProgram, Step, TaskInputs, TaskOutputs
+    from triptych.model.course import CHECKPOINT, CHECKPOINT_VALUES, check_checkpoint
     from triptych.model.crossings import SAMPLE_PROMPT, BoundaryTensor, boundary
     from triptych.model.description import describe
+    from triptych.model.digest import model_digest
     from triptych.model.door import Resolved, resolve
     from triptych.model.infos import component_infos
     from triptych.model.load import Components, Placement, load_component, meta_component
@@ -28,16 +30,19 @@ if TYPE_CHECKING:
         StageTopology,
         Topology,
     )
+    from triptych.model.topology_codec import topology_from_bytes, topology_to_bytes
     from triptych.model.trust import Trust
 
 _HOMES = {
     "door": ("Resolved", "resolve"),
     "crossings": ("SAMPLE_PROMPT", "BoundaryTensor", "boundary"),
     "description": ("describe",),
+    "digest": ("model_digest",),
     "load": ("Components", "Placement", "load_component", "meta_component"),
     "infos": ("component_infos",),
     "open": ("embedded_models", "open_model"),
-    "contract": ("StageProgram", "Step", "TaskInputs", "TaskOutputs"),
+    "contract": ("Pause", "StageProgram", "Step", "TaskInputs", "TaskOutputs"),
+    "course": ("CHECKPOINT", "CHECKPOINT_VALUES", "check_checkpoint"),
     "programs": ("program", "unsplit"),
     "topology": (
         "STAGES",
@@ -50,11 +55,14 @@ _HOMES = {
         "StageTopology",
         "Topology",
     ),
+    "topology_codec": ("topology_from_bytes", "topology_to_bytes"),
     "trust": ("Trust",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "CHECKPOINT",
+    "CHECKPOINT_VALUES",
     "SAMPLE_PROMPT",
     "STAGES",
     "BoundaryTensor",
@@ -62,6 +70,7 @@ __all__ = [
     "Components",
     "Defaults",
     "InputInfo",
+    "Pause",
     "Placement",
     "Port",
     "Resolved",
@@ -75,14 +84,18 @@ __all__ = [
     "Topology",
     "Trust",
     "boundary",
+    "check_checkpoint",
     "component_infos",
     "describe",
     "embedded_models",
     "load_component",
     "meta_component",
+    "model_digest",
     "open_model",
     "program",
     "resolve",
+    "topology_from_bytes",
+    "topology_to_bytes",
     "unsplit",
 ]
 

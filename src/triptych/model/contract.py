@@ -27,11 +27,25 @@ class Step:
         return None if self.estimate is None else self.estimate()
 
 
+@dataclass(frozen=True)
+class Pause:
+    """`step` of `steps` denoising steps have ended, and another is about to begin. `take` gives what the loop carries
+    into it, as plain data that belongs to the caller; None where the loop holds what plain data cannot say. Only while
+    `TaskInputs.keep` lasts."""
+
+    step: int
+    steps: int
+    take: Callable[[], dict[str, Any] | None]
+
+
 @dataclass
 class TaskInputs:
     """What one task of a stage works on. `fields` are the request's, in the pipeline's own names (prompt, height,
     num_inference_steps…); `values` came from earlier stages, `tags` are their kwargs_type names. `generator` is
-    the task's own, already seeded or restored."""
+    the task's own, already seeded or restored.
+
+    `keep` is called between steps. `checkpoint` is what a `Pause` of the same task gave: its steps are not run again
+    and not told of."""
 
     fields: dict[str, Any]
     guidance_scale: float | None
@@ -39,6 +53,8 @@ class TaskInputs:
     values: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, list[str]] = field(default_factory=dict)
     shift: float | None = None
+    keep: Callable[[Pause], None] | None = None
+    checkpoint: dict[str, Any] | None = None
 
 
 @dataclass
@@ -71,7 +87,8 @@ class StageProgram(Protocol):
         on_step: Callable[[Step], None] | None = None,
     ) -> TaskOutputs:
         """Runs the pipeline's code for one task. `stand_ins` replace components of those names for this task only.
-        `on_step` is called after each denoising step and may raise to end the task; what it raises comes out."""
+        `on_step` is called after each denoising step and may raise to end the task; what it raises comes out. Raises
+        WrongPayload for a checkpoint that is not this task's."""
         ...
 
     def boundary_latents(self, task: TaskInputs, latents: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from triptych.errors import InvalidRequest, LoadError, NotEnoughMemory
+from triptych.model.checkpoint import read_json
 from triptych.model.declared import FRAME_RATES, OUTPUT_COUNTS
 from triptych.model.topology import InputInfo, Topology
 from triptych.request import MAX_SIDE, Request
@@ -70,6 +71,7 @@ def resolve(topology: Topology, request: Request, memory: int | None = None) -> 
     _check_images(topology, request, declared)
     _check_size(topology, request)
     _check_guidance(topology, request)
+    _check_steps(topology, request)
     fields = _fields(topology, request, declared)
     if memory is not None:
         _check_memory(topology, request, memory)
@@ -183,6 +185,18 @@ def _check_guidance(topology: Topology, request: Request) -> None:
         )
     if request.guidance_scale is not None and topology.guidance == "none" and request.guidance_scale not in (0, 1):
         raise InvalidRequest.of("guidance_scale", request.guidance_scale, "nothing (this model takes no guidance)")
+
+
+def _check_steps(topology: Topology, request: Request) -> None:
+    """A schedule that is stretched to end at a given noise level cannot consist of its beginning alone: diffusers
+    divides zero by zero."""
+    if request.num_inference_steps != 1 or (request.sigmas is not None and request.sigmas[0] < 1):
+        return
+    scheduler = topology.components.get("scheduler")
+    path = Path(topology.source.folder) / scheduler.subfolder / "scheduler_config.json" if scheduler else None
+    if path is not None and path.is_file() and read_json(path).get("shift_terminal"):
+        allowed = "2 or more (this model's schedule ends at a noise level of its own)"
+        raise InvalidRequest.of("num_inference_steps", 1, allowed)
 
 
 def _fields(topology: Topology, request: Request, declared: dict[str, InputInfo]) -> dict[str, Any]:

@@ -9,9 +9,23 @@ import torch
 
 from triptych.errors import Unsupported
 from triptych.model.contract import Step, TaskInputs, TaskOutputs
+from triptych.model.course import Course
+from triptych.model.declared import DENOISERS
 from triptych.model.index import read_index
 from triptych.model.load import Components, Placement
-from triptych.model.pipeline import Loop, arguments, assemble, own_schedulers, pictures, pipeline_class, view
+from triptych.model.pipeline import (
+    Loop,
+    arguments,
+    assemble,
+    own_guiders,
+    own_schedulers,
+    pictures,
+    pipeline_class,
+    steered,
+    view,
+)
+from triptych.model.replay import overridden
+from triptych.model.rounds import why_not_resumable
 from triptych.model.topology import StageTopology, Topology
 
 __all__ = ["FusedProgram"]
@@ -25,6 +39,8 @@ class FusedProgram:
         self.stage = stage
         self.components: Mapping[str, Any] = {}
         self._pipe: Any = None
+        self._device = torch.device("cpu")
+        self._carries = False
 
     def load(self, components: Components, placement: Placement) -> None:
         """Loads all components. Raises LoadError."""
@@ -32,6 +48,8 @@ class FusedProgram:
         kind = pipeline_class(self.topology.pipeline_class)
         self._pipe = assemble(read_index(self.topology.source).settings, kind, loaded)
         self.components = loaded
+        self._device = placement.device
+        self._carries = why_not_resumable(kind) is None
 
     def run(
         self,
@@ -40,12 +58,23 @@ class FusedProgram:
         on_step: Callable[[Step], None] | None = None,
     ) -> TaskOutputs:
         """Runs the pipeline for one task; gives `images` or `videos`. See StageProgram.run."""
-        loop = Loop(on_step=on_step)
-        swaps = [(self.components[name], stand_in) for name, stand_in in stand_ins.items() if name in self.components]
-        own = view(self._pipe, [*swaps, *own_schedulers(self._pipe, task.shift, loop, task.generator)])
-        loop.pipe = own
-        made = pictures(own(**arguments(self.topology, self._pipe, task, task.fields)), self.topology.makes)
+        course = Course(task, self.topology.pipeline_class, self._device, self._carries)
+        loop = Loop(on_step=on_step, course=course)
+        own = self._own(task, {**self.components, **stand_ins}, loop, course)
+        with course.going():
+            made = pictures(own(**arguments(self.topology, self._pipe, task, task.fields)), self.topology.makes)
         return TaskOutputs({"videos" if self.topology.makes == "video" else "images": made})
+
+    def _own(self, task: TaskInputs, seen: dict[str, Any], loop: Loop, course: Course) -> Any:
+        """The pipeline as one task sees it, its denoiser's calls left to `course`."""
+        if course.wanted:
+            for name, part in seen.items():
+                if name.startswith(DENOISERS) and isinstance(part, torch.nn.Module):
+                    seen[name] = overridden(part, forward=steered(loop, course, name, part.forward))
+        swaps = [(real, seen[name]) for name, real in self.components.items() if seen[name] is not real]
+        swaps += own_schedulers(self._pipe, task.shift, loop, task.generator)
+        loop.pipe = view(self._pipe, [*swaps, *own_guiders(self._pipe, loop)])
+        return loop.pipe
 
     def boundary_latents(self, task: TaskInputs, latents: torch.Tensor) -> torch.Tensor:
         """A pipeline in one piece has no boundary. Raises Unsupported."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -24,9 +25,11 @@ from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec
 from triptych.errors import InvalidRequest, LoadError, Unsupported, WrongPayload
 from triptych.model import blocks as modular
 from triptych.model.contract import Step, TaskInputs, TaskOutputs
+from triptych.model.course import Course
 from triptych.model.declared import GENERATOR_STATE, OUTPUT_COUNTS
 from triptych.model.families import Family, resolve_family
 from triptych.model.load import Components, Placement, meta_component
+from triptych.model.replay import overridden
 from triptych.model.schedulers import is_flow, own_copies
 from triptych.model.topology import StageTopology, Topology
 
@@ -82,8 +85,8 @@ class ModularProgram:
         self._inputs = modular.inputs_of(blocks)
         for loop in modular.loops_of(blocks):
             loop.set_progress_bar_config(disable=True)
-            loop.sub_blocks.insert("triptych_before_step", _BeforeStep(), 0)
-            loop.sub_blocks["triptych_after_step"] = _AfterStep()
+            loop.sub_blocks.insert("triptych_before_step", _Leaf(_Watch.before), 0)
+            loop.sub_blocks["triptych_after_step"] = _Leaf(_Watch.after)
         for block, stage in self._marks.items():
             at = list(blocks.sub_blocks).index(block) + 1
             blocks.sub_blocks.insert(f"triptych_mark_{stage.name}", _Mark(stage), at)
@@ -117,9 +120,10 @@ class ModularProgram:
         on_step: Callable[[Step], None] | None = None,
     ) -> TaskOutputs:
         """Runs the stage's blocks for one task. Raises InvalidRequest or WrongPayload for inputs that are missing,
-        and whatever `on_step` raises."""
-        view = self._view(task, stand_ins)
-        view.triptych_watch = _Watch(on_step, view) if on_step is not None else None
+        WrongPayload for a checkpoint that is not this task's, and whatever `on_step` and `task.keep` raise."""
+        course = self._course(task)
+        view = self._view(task, stand_ins if course is None else self._counted(stand_ins, course))
+        view.triptych_watch = None if on_step is None and course is None else _Watch(on_step, view, course)
         if GENERATOR_STATE in task.values:
             task.generator.set_state(task.values[GENERATOR_STATE].cpu().contiguous())
         before = task.generator.get_state()
@@ -127,7 +131,7 @@ class ModularProgram:
         view.triptych_state = state
         self._running[id(task)] = view
         try:
-            with modular.quiet(), torch.no_grad():
+            with modular.quiet(), torch.no_grad(), contextlib.nullcontext() if course is None else course.going():
                 view.blocks_of_stage(view, state)
         except ValueError as error:
             self._explain(error)
@@ -135,6 +139,20 @@ class ModularProgram:
         finally:
             del self._running[id(task)]
         return self._outputs(task, state, before, view.triptych_marked)
+
+    def _course(self, task: TaskInputs) -> Course | None:
+        if task.keep is None and task.checkpoint is None:
+            return None
+        return Course(task, self.topology.pipeline_class, self._device)
+
+    def _counted(self, stand_ins: Mapping[str, Any], course: Course) -> dict[str, Any]:
+        """The models as the task is to see them, with what they answer within the loop left to `course`."""
+        seen = {**self.components, **stand_ins}
+        models = {name: part for name, part in seen.items() if isinstance(part, torch.nn.Module)}
+        return {
+            name: overridden(part, forward=_within(course, part.forward, course.around(name, part.forward)))
+            for name, part in models.items()
+        }
 
     def boundary_latents(self, task: TaskInputs, latents: torch.Tensor) -> torch.Tensor:
         """A step's latents (from `Step`, while the task runs) in the form in which they cross to decode: the blocks
@@ -262,43 +280,76 @@ class _Anchor(torch.nn.Module):
 
 
 class _Watch:
-    """One task's eye on its loop: remembers the latents before a step, tells of the step after it."""
+    """One task's eye on its loop: remembers the latents before a step, tells of the step after it, and has what the
+    loop carries kept and put back in between."""
 
-    def __init__(self, on_step: Callable[[Step], None], view: Any) -> None:
+    def __init__(self, on_step: Callable[[Step], None] | None, view: Any, course: Course | None) -> None:
         self.on_step = on_step
         self.scheduler = getattr(view, "scheduler", None)
         self.latents: torch.Tensor | None = None
         self.done = 0
+        self._course = course
+        self._parts = _mutable(view) if course is not None else {}
 
-    def before(self, state: Any) -> None:
-        """A step is about to begin."""
+    def before(self, state: Any, place: Mapping[str, Any]) -> None:
+        """A step is about to begin; `place` is what the loop tells its blocks of it."""
+        if self._course is not None:
+            self._between(self._course, state, place)
         self.latents = getattr(state, "latents", None)
 
-    def after(self, state: Any) -> None:
+    def _between(self, course: Course, state: Any, place: Mapping[str, Any]) -> None:
+        parts = {_STATE: state, **self._parts}
+        if place.get("i") != self.done:
+            course.refuse()  # a second loop, or a loop of loops: what the first one came to is not in its state
+        elif not self.done:
+            course.begin(parts)
+        else:
+            course.between(self.done, self._total(state), parts, known_only=_STATE)
+
+    def after(self, state: Any, place: Mapping[str, Any]) -> None:
         """A step has ended. What `on_step` raises ends the task."""
+        index, self.done = self.done, self.done + 1
+        if self.on_step is None or (self._course is not None and self._course.replaying):
+            return
         latents = getattr(state, "latents", None)
-        timesteps = getattr(state, "timesteps", None)
-        total = len(timesteps) if timesteps is not None else getattr(state, "num_inference_steps", self.done + 1)
         estimate = functools.partial(denoised, self.scheduler, self.latents, latents)
-        step = Step(self.done, max(total, self.done + 1), latents, estimate)
-        self.done += 1
-        self.on_step(step)
+        self.on_step(Step(index, self._total(state), latents, estimate))
+
+    def _total(self, state: Any) -> int:
+        timesteps = getattr(state, "timesteps", None)
+        total = len(timesteps) if timesteps is not None else getattr(state, "num_inference_steps", self.done)
+        return max(total, self.done)
+
+
+_STATE = "state"
+"""The loop's own state among what it carries."""
+
+
+def _mutable(view: Any) -> dict[str, Any]:
+    """The parts of a task's pipeline that change as it runs: its own schedulers and guiders."""
+    parts = {name: getattr(view, name, None) for name in view._component_specs}
+    return {name: part for name, part in parts.items() if isinstance(part, SchedulerMixin | BaseGuidance)}
+
+
+def _within(course: Course, outside: Callable[..., Any], inside: Callable[..., Any]) -> Callable[..., Any]:
+    """`inside` once the loop has begun, before that `outside`: what it needs is computed again."""
+    return lambda *args, **kwargs: (inside if course.begun and course.wanted else outside)(*args, **kwargs)
 
 
 class _Leaf(ModularPipelineBlocks):
-    """A block of our own in diffusers' loop; it takes and gives nothing."""
+    """A block of our own in diffusers' loop: tells the task's watch where the loop is; it takes and gives nothing."""
 
     model_name = None
 
-    @torch.no_grad()
-    def __call__(self, components: Any, state: Any, **step: Any) -> tuple[Any, Any]:
-        if (watch := components.triptych_watch) is not None:
-            self.tell(watch, state)
-        return components, state
+    def __init__(self, tell: Callable[[_Watch, Any, Mapping[str, Any]], None]) -> None:
+        super().__init__()
+        self._tell = tell
 
-    def tell(self, watch: _Watch, state: Any) -> None:
-        """Says to the task's watch where its loop is."""
-        raise NotImplementedError
+    @torch.no_grad()
+    def __call__(self, components: Any, state: Any, **place: Any) -> tuple[Any, Any]:
+        if (watch := components.triptych_watch) is not None:
+            self._tell(watch, state, place)
+        return components, state
 
 
 class _Mark(ModularPipelineBlocks):
@@ -316,16 +367,6 @@ class _Mark(ModularPipelineBlocks):
         kept = {name: crossing(name, copied(value)) for name, value in values.items() if value is not None}
         components.triptych_marked[self.stage.name] = kept
         return components, state
-
-
-class _BeforeStep(_Leaf):
-    def tell(self, watch: _Watch, state: Any) -> None:
-        watch.before(state)
-
-
-class _AfterStep(_Leaf):
-    def tell(self, watch: _Watch, state: Any) -> None:
-        watch.after(state)
 
 
 def denoised(scheduler: Any, before: torch.Tensor | None, after: torch.Tensor | None) -> torch.Tensor | None:

@@ -7,16 +7,19 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.guiders.guider_utils import BaseGuidance
 from PIL import Image
 
-from triptych.errors import InvalidRequest, Unsupported
+from triptych.errors import InvalidRequest, Unsupported, WrongPayload
 from triptych.model.contract import Step, TaskInputs
+from triptych.model.course import CHECKPOINT, Course
+from triptych.model.replay import change_tensors, pack, skeleton, unpack
 from triptych.model.schedulers import SeededStep, is_flow, own_copies
 from triptych.model.topology import Topology
 
@@ -64,42 +67,97 @@ def view(pipe: Any, swaps: Sequence[tuple[Any, Any]]) -> Any:
 
 @dataclass
 class Loop:
-    """What is known of a task's denoising loop: the pipeline it runs in and the steps done."""
+    """What is known of a task's denoising loop: the pipeline it runs in, the steps done, and the parts that change on
+    the way, by name."""
 
     pipe: Any = None
     on_step: Callable[[Step], None] | None = None
+    course: Course | None = None
     done: int = 0
+    parts: dict[str, Any] = field(default_factory=dict)
+    _seen: int = 0
 
     def total(self, scheduler: Any) -> int:
         """The number of steps, as the pipeline counts them where it does."""
-        return getattr(self.pipe, "_num_timesteps", None) or len(scheduler.timesteps)
+        return max(getattr(self.pipe, "_num_timesteps", None) or len(scheduler.timesteps), self.done)
+
+    def arrive(self) -> None:
+        """The pipeline is about to call the denoiser: if a step lies behind it, it is between two steps."""
+        course = self.course
+        if course is None or not course.wanted:
+            return
+        if not course.begun:
+            course.begin(self.parts)
+        elif self.done > self._seen:
+            scheduler = next(part for part in self.parts.values() if hasattr(part, "timesteps"))
+            course.between(self.done, self.total(scheduler), self.parts)
+        self._seen = self.done
+
+    def returned(self, name: str, result: Any) -> Any:
+        """What the scheduler of that name returns from a step: the result, or what a checkpoint kept in its place.
+        Raises WrongPayload if that has other shapes."""
+        course = self.course
+        if course is None or not course.wanted:
+            return result
+        try:
+            packed = change_tensors(pack(result), torch.clone)
+        except Unsupported:  # no data, so nothing that could be kept
+            course.refuse()
+            return result
+        count = course.results.get(name, [0])[0] + 1
+        kept = course.result(name, count)
+        if kept is not None:
+            if skeleton(kept) != skeleton(packed):
+                raise WrongPayload("other shapes than this task's", field=f"{CHECKPOINT}.results.{name}")
+            device = _device_of(packed)
+            packed = change_tensors(kept, lambda tensor: tensor.to(device, copy=True))
+            result = unpack(change_tensors(packed, torch.clone))
+        course.results[name] = [count, packed]
+        return result
+
+    def stepped(self, scheduler: Any, result: Any, estimate: Callable[[], torch.Tensor | None]) -> None:
+        """A step has ended; it is told of, unless it is one of a replay."""
+        index, self.done = self.done, self.done + 1
+        if self.on_step is not None and not (self.course is not None and self.course.replaying):
+            self.on_step(Step(index, self.total(scheduler), _latents(result), estimate))
 
 
 class WatchedStep:
     """A scheduler's `step`, told of after each call. Some pipelines copy their scheduler for a second modality: the
-    copy gets its own `step` back, unwatched."""
+    copy's steps are kept for checkpoints too, but not told of."""
 
-    def __init__(self, scheduler: Any, loop: Loop) -> None:
-        self._scheduler, self._loop = scheduler, loop
-        self._real = scheduler.step
+    def __init__(self, scheduler: Any, loop: Loop, name: str, real: Any = None) -> None:
+        self._scheduler, self._loop, self._name = scheduler, loop, name
+        self._told = real is None
+        self._real = scheduler.step if real is None else real
+        self._copies = 0
+        loop.parts[name] = scheduler
         functools.update_wrapper(self, self._real, updated=())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if isinstance(self._real, SeededStep):
-            return copy.deepcopy(self._real, memo)
         scheduler = memo.get(id(self._scheduler), self._scheduler)
-        return types.MethodType(type(scheduler).step, scheduler)
+        if isinstance(self._real, SeededStep):
+            real: Any = copy.deepcopy(self._real, memo)
+        else:
+            real = types.MethodType(type(scheduler).step, scheduler)
+        self._copies += 1
+        return WatchedStep(scheduler, self._loop, f"{self._name} {self._copies}", real)
 
     def __call__(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
         sigma = _sigma(self._scheduler, timestep)
         result = self._real(model_output, timestep, sample, *args, **kwargs)
-        loop = self._loop
-        if loop.on_step is not None:
+        result = self._loop.returned(self._name, result)
+        if self._told:
             estimate = functools.partial(_denoised, self._scheduler, result, model_output, sample, sigma)
-            step = Step(loop.done, max(loop.total(self._scheduler), loop.done + 1), _latents(result), estimate)
-            loop.done += 1
-            loop.on_step(step)
+            self._loop.stepped(self._scheduler, result, estimate)
         return result
+
+
+def _device_of(packed: Any) -> torch.device | None:
+    """The device of the first tensor in a scheduler's packed result."""
+    devices: list[torch.device] = []
+    change_tensors(packed, lambda tensor: devices.append(tensor.device))
+    return devices[0] if devices else None
 
 
 def _latents(result: Any) -> torch.Tensor | None:
@@ -137,13 +195,32 @@ def own_schedulers(
     """A task's own copies of the pipeline's schedulers (see `own_copies`), as swaps for `view`, their steps told to
     `loop`. Raises InvalidRequest if `shift` is given and no scheduler knows one.
     """
-    known = [component for component in pipe.components.values() if hasattr(component, "set_timesteps")]
+    known = {name: part for name, part in pipe.components.items() if hasattr(part, "set_timesteps")}
     if shift is not None and not known:
         raise InvalidRequest.of("shift", shift, "nothing (this model has no scheduler)")
-    pairs = own_copies(known, shift, generator)
-    for _, scheduler in pairs:
-        scheduler.step = WatchedStep(scheduler, loop)
+    pairs = own_copies(known.values(), shift, generator)
+    for name, (_, scheduler) in zip(known, pairs, strict=True):
+        scheduler.step = WatchedStep(scheduler, loop, name)
     return pairs
+
+
+def own_guiders(pipe: Any, loop: Loop) -> list[tuple[Any, Any]]:
+    """A task's own copies of the pipeline's guiders, which remember the step that they are at, as swaps for `view`."""
+    guiders = {name: part for name, part in pipe.components.items() if isinstance(part, BaseGuidance)}
+    loop.parts |= {name: copy.deepcopy(part) for name, part in guiders.items()}
+    return [(part, loop.parts[name]) for name, part in guiders.items()]
+
+
+def steered(loop: Loop, course: Course, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    """A denoiser's forward whose calls move the task's loop on and are answered as `course` says."""
+    answer = course.around(name, real)
+
+    @functools.wraps(real)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        loop.arrive()
+        return answer(*args, **kwargs)
+
+    return forward
 
 
 def arguments(topology: Topology, pipe: Any, task: TaskInputs, fields: Mapping[str, Any]) -> dict[str, Any]:

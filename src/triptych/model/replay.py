@@ -174,14 +174,19 @@ class Shapes:
         @functools.wraps(real)
         def note(*args: Any, **kwargs: Any) -> Any:
             result = real(*args, **kwargs)
-            runs, shape = self.runs.setdefault(name, []), skeleton(pack(result))
-            if runs and runs[-1][1] == shape:
-                runs[-1][0] += 1
-            else:
-                runs.append([1, shape])
+            self.add(name, result)
             return result
 
         return note
+
+    def add(self, name: str, result: Any) -> None:
+        """Notes one more result under `name`. Raises Unsupported for one that is no data."""
+        shape = skeleton(pack(result))
+        runs = self.runs.setdefault(name, [])
+        if runs and runs[-1][1] == shape:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, shape])
 
 
 class Player:

@@ -18,15 +18,26 @@ import torch
 from triptych.errors import Unsupported, WrongPayload
 from triptych.model.anatomy import anatomy
 from triptych.model.contract import Step, TaskInputs, TaskOutputs
+from triptych.model.course import Course
+from triptych.model.declared import DENOISERS
 from triptych.model.husk import husk
 from triptych.model.index import read_index
 from triptych.model.load import Components, Placement
-from triptych.model.pipeline import Loop, arguments, assemble, own_schedulers, pictures, pipeline_class, view
+from triptych.model.pipeline import (
+    Loop,
+    arguments,
+    assemble,
+    own_guiders,
+    own_schedulers,
+    pictures,
+    pipeline_class,
+    steered,
+    view,
+)
 from triptych.model.replay import (
     Blanks,
     Player,
     Recorder,
-    Shapes,
     blank,
     change_tensors,
     overridden,
@@ -34,6 +45,7 @@ from triptych.model.replay import (
     skeleton,
     unpack,
 )
+from triptych.model.rounds import why_not_resumable
 from triptych.model.standard_topology import LATENTS, MEDIA, SKELETON, VAE_ENCODE, is_media, standard_topology
 from triptych.model.topology import StageTopology, Topology
 
@@ -64,6 +76,7 @@ class StandardProgram:
         self.components: Mapping[str, Any] = {}
         self._pipe: Any = None
         self._device = torch.device("cpu")
+        self._carries = False
         self._denoisers = tuple(name for name in topology.stage("denoise").loads if name != "scheduler")
 
     def load(self, components: Components, placement: Placement) -> None:
@@ -74,6 +87,7 @@ class StandardProgram:
         husks = {name: husk(components, infos[name], placement, code.beside(name)) for name in self.stage.reads}
         self._pipe = assemble(read_index(self.topology.source).settings, kind, loaded | husks)
         self._device = placement.device
+        self._carries = why_not_resumable(kind) is None
         self.components = loaded
 
     def run(
@@ -118,19 +132,21 @@ class StandardProgram:
     def _denoise(
         self, task: TaskInputs, stand_ins: Mapping[str, Any], on_step: Callable[[Step], None] | None
     ) -> dict[str, Any]:
-        own, shapes = _Own(self, task, stand_ins, self._restored(task)), Shapes()
+        own = _Own(self, task, stand_ins, self._restored(task))
+        course = Course(task, self.topology.pipeline_class, self._device, self._carries, shapes_cross=True)
         recorded = self._recorded(task)
         own.answer(Player(recorded))
-        own.answer_modules(shapes, self._denoisers)
+        own.steer(course, self._denoisers)
         own.method("vae", "decode", _reached_decode)
         # Kept with the task, since a program holds nothing of any: previews need the shapes seen so far.
-        task.values = {**task.values, _DENOISER: shapes.runs}
-        latents = self._until_decode(own, on_step=on_step)
+        task.values = {**task.values, _DENOISER: course.calls}
+        with course.going():
+            latents = self._until_decode(own, on_step=on_step)
         media = task.values.get(MEDIA, {})
         bones = {
             "encode": skeleton(recorded),
             MEDIA: skeleton(media),
-            _DENOISER: shapes.runs,
+            _DENOISER: course.calls,
         }
         passed = {MEDIA: media} if media and self._passes_media() else {}
         return {LATENTS: latents, SKELETON: bones, **passed}
@@ -204,6 +220,7 @@ class _Own:
     ) -> None:
         self.program, self.task, self._fields = program, task, dict(fields)
         self.view: Any = None
+        self.loop = Loop()
         self._pipe = program._pipe
         self._own = {**self._pipe.components, **stand_ins}
         self._methods: dict[str, Callable[..., Any]] = {}
@@ -233,7 +250,18 @@ class _Own:
         kind = type(self._pipe)
         return calls.around(name, lambda *args, **kwargs: getattr(kind, name)(self.view, *args, **kwargs))
 
-    def answer_modules(self, calls: Shapes | Blanks, names: tuple[str, ...]) -> None:
+    def steer(self, course: Course, names: tuple[str, ...]) -> None:
+        """Notes what these components return, and leaves the calls that make the loop's steps to `course`."""
+        self.loop.course = course
+        for name in names:
+            if isinstance(self._own.get(name), torch.nn.Module):
+                real = self._own[name].forward
+                step = name.startswith(DENOISERS)
+                self.method(
+                    name, "forward", steered(self.loop, course, name, real) if step else course.note(name, real)
+                )
+
+    def answer_modules(self, calls: Blanks, names: tuple[str, ...]) -> None:
         """Puts `calls` around the forward of these components."""
         for name in names:
             if isinstance(self._own.get(name), torch.nn.Module):
@@ -241,14 +269,14 @@ class _Own:
 
     def call(self, on_step: Callable[[Step], None] | None, change: Callable[[Any], None] | None = None) -> Any:
         """Calls the pipeline. `change` is given each of the task's schedulers."""
-        loop = Loop(on_step=on_step)
-        schedulers = own_schedulers(self._pipe, self.task.shift, loop, self.task.generator)
+        self.loop.on_step = on_step
+        schedulers = own_schedulers(self._pipe, self.task.shift, self.loop, self.task.generator)
         if change is not None:
             for _, scheduler in schedulers:
                 change(scheduler)
         real = self._pipe.components
         swaps = [(old, self._own[name]) for name, old in real.items() if self._own[name] is not old]
-        self.view = loop.pipe = view(self._pipe, [*swaps, *schedulers])
+        self.view = self.loop.pipe = view(self._pipe, [*swaps, *schedulers, *own_guiders(self._pipe, self.loop)])
         vars(self.view).update(self._methods)
         return self.view(**arguments(self.program.topology, self._pipe, self.task, self._fields))
 

@@ -4,6 +4,7 @@ from triptych.stage.gather import Call, Gather, Parked
 from triptych.stage.gathered import GatherStage, Live
 from triptych.stage.protocol import (
     Admitted,
+    Checkpoint,
     Failed,
     Full,
     JobId,
@@ -22,6 +23,7 @@ from triptych.stage.protocol import (
 __all__ = [
     "Admitted",
     "Call",
+    "Checkpoint",
     "Failed",
     "Full",
     "Gather",

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from triptych.errors import Cancelled, NotEnoughMemory, StageFailed, TriptychError, Unsupported, WrongPayload
-from triptych.model import Components, Placement, StageName, StageProgram, Step, TaskInputs, TaskOutputs
+from triptych.model import (
+    CHECKPOINT,
+    CHECKPOINT_VALUES,
+    Components,
+    Pause,
+    Placement,
+    StageName,
+    StageProgram,
+    Step,
+    TaskInputs,
+    TaskOutputs,
+    check_checkpoint,
+)
+from triptych.stage.arrivals import Head, check_head
 from triptych.stage.gather import Call, Gather, Parked, TaskGreenlet
 from triptych.stage.health import first_bad_weight, is_finite, peak_bytes, reset_peak
 from triptych.stage.protocol import (
     Admitted,
+    Checkpoint,
     Failed,
     Full,
     JobId,
@@ -30,6 +46,8 @@ from triptych.stage.protocol import (
 )
 from triptych.transfer import Payload
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Live:
@@ -42,12 +60,34 @@ class Live:
     began: float = 0.0
     steps: int = 0
     checked: set[str] = field(default_factory=set)
+    kept: float = 0.0
+    """Seconds of work at its last checkpoint; infinite once it has turned out to allow none."""
+    _worked: float = 0.0
+    _since: float = 0.0
+
+    @property
+    def resumed_at(self) -> int:
+        """The steps that a checkpoint spared it."""
+        return 0 if self.inputs.checkpoint is None else self.inputs.checkpoint["step"]
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Time in here is its work."""
+        self._since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._worked += time.perf_counter() - self._since
+
+    def worked(self) -> float:
+        """Seconds of work so far; asked by what runs within `working`."""
+        return self._worked + time.perf_counter() - self._since
 
 
 class GatherStage:
     """A Stage over one StageProgram. Subclasses say how a task's result crosses and what a step looks like.
 
-    One thread drives it, inside one outer `torch.no_grad()`. A group is one call today; `_choose` is where step
+    One thread drives it, inside one outer `torch.no_grad()`. A group is one call today; `_group` is where step
     batching will pick more. Raises nothing from `step`: a task's error becomes its `Failed` event.
     """
 
@@ -90,6 +130,7 @@ class GatherStage:
             return Full()
         try:
             self._check(task.payload)
+            self._check_checkpoint(task.checkpoint)
         except WrongPayload as error:
             return Refused(error)
         self._live[task.job] = Live(task, self._inputs(task))
@@ -107,6 +148,26 @@ class GatherStage:
         if missing:
             raise WrongPayload(f"stage {self.name} needs {', '.join(missing)}", field=missing[0])
 
+    def _check_checkpoint(self, checkpoint: Payload | None) -> None:
+        if checkpoint is None:
+            return
+        if self.name != "denoise":
+            raise WrongPayload(f"given one; allowed: none (stage {self.name} has no steps)", field=CHECKPOINT)
+        checkpoint.check()
+        check_checkpoint(checkpoint.values, self.program.topology.pipeline_class)
+
+    def expects(self, header: Head, limit: int | None = None) -> None:
+        """Checks the header of a task's input before its body is fetched. `limit`: bytes that the body may have.
+
+        Raises WrongPayload for values that the topology does not declare, or too large a body.
+        """
+        names = {port.name for port in self.program.stage.inputs}
+        check_head(header, names, f"stage {self.name}", limit)
+
+    def expects_checkpoint(self, header: Head, limit: int | None = None) -> None:
+        """The same for a task's checkpoint."""
+        check_head(header, CHECKPOINT_VALUES, f"a checkpoint of stage {self.name}", limit)
+
     def _inputs(self, task: StageTask) -> TaskInputs:
         # On the CPU whatever the device, so that a seed means the same picture everywhere.
         generator = torch.Generator("cpu").manual_seed(task.seed)
@@ -114,6 +175,8 @@ class GatherStage:
         if task.payload is not None:
             inputs.values = dict(task.payload.values)
             inputs.tags = {name: list(values) for name, values in task.payload.tags.items()}
+        if task.checkpoint is not None:
+            inputs.checkpoint = dict(task.checkpoint.values)
         return inputs
 
     def step(self) -> list[StageEvent]:
@@ -128,6 +191,11 @@ class GatherStage:
         return events
 
     def _choose(self) -> list[Live]:
+        group = self._group()
+        assert len(group) < 2 or not any(live.task.exact for live in group), "an exact task runs alone"
+        return group
+
+    def _group(self) -> list[Live]:
         """The task that has waited longest: the front of the queue."""
         return [next(iter(self._live.values()))] if self._live else []
 
@@ -135,17 +203,33 @@ class GatherStage:
         live.began = time.perf_counter()
         reset_peak(self._placement.device)
         live.greenlet = self._gather.start(lambda: self._body(live))
-        self._advance(live, lambda task: self._gather.begin(task))
+        if live.task.checkpoint_seconds is not None:
+            live.inputs.keep = lambda pause: self._on_pause(live, pause)
+        with live.working():
+            self._advance(live, lambda task: self._gather.begin(task))
 
     def _body(self, live: Live) -> TaskOutputs:
         return self.program.run(live.inputs, self._gather.stand_ins, lambda step: self._on_step(live, step))
 
     def _on_step(self, live: Live, step: Step) -> None:
         live.steps = step.index + 1
-        if step.latents is not None and step.index in (0, step.total - 1) and not is_finite(step.latents):
+        if step.latents is not None and step.index in (live.resumed_at, step.total - 1) and not is_finite(step.latents):
             raise self._failed(live, self._not_finite(step), "NonFinite")
         seconds = time.perf_counter() - live.began
         self._events.append(StepDone(live.task.job, step.index + 1, step.total, seconds, self._preview(live, step)))
+
+    def _on_pause(self, live: Live, pause: Pause) -> None:
+        task = live.task
+        if task.checkpoint_seconds is None or live.worked() - live.kept < task.checkpoint_seconds:
+            return
+        values = pause.take()
+        if values is None:
+            logger.info("no checkpoints of job %s: its loop holds more than plain data", task.job)
+            live.kept = math.inf
+            return
+        live.kept = live.worked()
+        payload = Payload(values, job=task.job, attempt=task.attempt, stage=self.name)
+        self._events.append(Checkpoint(task.job, pause.step, payload))
 
     def _not_finite(self, step: Step) -> str:
         """What to say of latents that are no numbers: the weight that is none either, if there is one."""
@@ -163,6 +247,10 @@ class GatherStage:
     def _run(self, live: Live) -> None:
         call = live.call
         assert call is not None
+        with live.working():
+            self._answer(live, call)
+
+    def _answer(self, live: Live, call: Call) -> None:
         try:
             result = self._gather.run([call])[0]
             self._check_finite(live, call, result)
@@ -211,10 +299,11 @@ class GatherStage:
         if not live.steps:
             self._events.append(StepDone(live.task.job, 1, 1, seconds))
         peak = peak_bytes(self._placement.device)
-        self._events.append(Output(live.task.job, payload, seconds, max(live.steps, 1), peak))
+        self._events.append(Output(live.task.job, payload, seconds, max(live.steps, 1), peak, live.resumed_at))
 
     def _payload(self, live: Live, outputs: TaskOutputs) -> Payload:
-        return Payload(outputs.values, outputs.tags, job=live.task.job, stage=self.name).check()
+        task = live.task
+        return Payload(outputs.values, outputs.tags, job=task.job, attempt=task.attempt, stage=self.name).check()
 
     def _failed(self, live: Live, message: str, original: str) -> StageFailed:
         return StageFailed(message, stage=self.name, job=live.task.job, original=original)
@@ -227,7 +316,9 @@ class GatherStage:
         if short:
             return NotEnoughMemory(f"stage {self.name} ran out of memory ({error})")
         kind = type(error).__name__
-        return self._failed(live, f"{self.name} failed with {kind}: {error}", kind)
+        told = self._failed(live, f"{self.name} failed with {kind}: {error}", kind)
+        told.__cause__ = error  # for the worker's log, and for whoever replays the task
+        return told
 
     def cancel(self, job: JobId) -> None:
         """Drops a task before its next unit; its pipeline code sees Cancelled, so that it cleans up. What it does

@@ -50,6 +50,14 @@ class StageTask:
     preview: bool = False
     raw: bool = False
     """From decode: float tensors in 0…1 as the pipeline made them, instead of uint8 pictures."""
+    attempt: int = 0
+    """How often this stage of the job was handed out before; goes into the payloads that it makes."""
+    exact: bool = False
+    """Never in a group with other tasks, so that they cannot change its last bits."""
+    checkpoint: Payload | None = None
+    """Where to go on: the payload of a `Checkpoint` of the same task. None: from the start."""
+    checkpoint_seconds: float | None = None
+    """Seconds of work after which the next pause between steps gives a `Checkpoint`; 0: each pause; None: none."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,16 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """`step` steps of a task are done, and from this payload it can go on, here or in another process. Never after
+    the last step; none at all from a pipeline whose loop cannot be taken up in the middle."""
+
+    job: JobId
+    step: int
+    payload: Payload
+
+
+@dataclass(frozen=True)
 class Output:
     """A task is done; `payload` is for the next stage (from decode: the pictures)."""
 
@@ -90,6 +108,8 @@ class Output:
     seconds: float
     steps: int
     peak_bytes: int
+    resumed_at: int = 0
+    """Steps of `steps` that were taken over from a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +120,7 @@ class Failed:
     error: TriptychError
 
 
-StageEvent = StepDone | Output | Failed
+StageEvent = StepDone | Checkpoint | Output | Failed
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,59 @@
-"""What holds stages: in this process for the engine, or a process of its own."""
+"""What holds stages: a worker in this process or in one of its own."""
 
-from triptych.worker.process import StageProcess
-from triptych.worker.stages import build_stage
-from triptych.worker.wire import StageSpec
+from __future__ import annotations
 
-__all__ = ["StageProcess", "StageSpec", "build_stage"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from triptych.worker.line import InProcessUplink, LocalCoordinator, LocalLink, Uplink
+    from triptych.worker.main import worker_main
+    from triptych.worker.opening import Opened, open_for
+    from triptych.worker.process import StageProcess
+    from triptych.worker.replay import keep_task, read_payload, replay_task, write_payload
+    from triptych.worker.settings import WorkerSettings
+    from triptych.worker.stages import build_stage
+    from triptych.worker.uplink import ZmqUplink
+    from triptych.worker.wire import StageSpec
+    from triptych.worker.worker import Worker
+
+# Imported on first use: a worker in the engine's process needs no network, and a stage process no worker.
+_FILES = {
+    "line": ("InProcessUplink", "LocalCoordinator", "LocalLink", "Uplink"),
+    "main": ("worker_main",),
+    "opening": ("Opened", "open_for"),
+    "process": ("StageProcess",),
+    "replay": ("keep_task", "read_payload", "replay_task", "write_payload"),
+    "settings": ("WorkerSettings",),
+    "stages": ("build_stage",),
+    "uplink": ("ZmqUplink",),
+    "wire": ("StageSpec",),
+    "worker": ("Worker",),
+}
+_HOME = {name: file for file, names in _FILES.items() for name in names}
+
+__all__ = [
+    "InProcessUplink",
+    "LocalCoordinator",
+    "LocalLink",
+    "Opened",
+    "StageProcess",
+    "StageSpec",
+    "Uplink",
+    "Worker",
+    "WorkerSettings",
+    "ZmqUplink",
+    "build_stage",
+    "keep_task",
+    "open_for",
+    "read_payload",
+    "replay_task",
+    "worker_main",
+    "write_payload",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"triptych.worker.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from types import TracebackType
 
-from triptych.errors import StageFailed, TriptychError
+from triptych.errors import StageFailed, TriptychError, error_class
 from triptych.stage import Output, StageTask
 from triptych.transfer import Payload
 from triptych.worker import wire
@@ -85,11 +85,7 @@ class StageProcess:
 
 def _error(answer: wire.Broken, stage: str, job: str) -> TriptychError:
     """The child's error, as the class that has its code."""
-    for kind in _kinds(TriptychError):
-        if kind.code == answer.code and kind is not StageFailed:
-            return kind(answer.message, field=answer.field)
-    return StageFailed(answer.message, stage=stage, job=job, field=answer.field)
-
-
-def _kinds(base: type[TriptychError]) -> list[type[TriptychError]]:
-    return [base, *(kind for sub in base.__subclasses__() for kind in _kinds(sub))]
+    kind = error_class(answer.code)
+    if kind is StageFailed or kind.code != answer.code:
+        return StageFailed(answer.message, stage=stage, job=job, field=answer.field)
+    return kind(answer.message, field=answer.field)

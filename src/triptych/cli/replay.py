@@ -1,0 +1,110 @@
+"""`triptych replay`: a task that failed, run again alone in this process."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from triptych.cli.console import human_bytes, table_console
+from triptych.cli.generation import DEFAULT_MODEL
+from triptych.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from triptych.stage import Output
+
+__all__ = ["replay"]
+
+_JOB = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+
+
+def replay(
+    job: Annotated[str, typer.Argument(help="The id of a job that failed.")],
+    state: Annotated[Path, typer.Option(metavar="DIR", help="The --state of the server that ran it.")],
+    stage: Annotated[
+        str | None, typer.Option(help="The stage that failed.", show_default="the one that was kept")
+    ] = None,
+    model: Annotated[str, typer.Option("--model", "-m", help="The server's model.")] = DEFAULT_MODEL,
+    workflow: Annotated[str | None, typer.Option(help="The server's.")] = None,
+    device: Annotated[str, typer.Option(help="As in generate.")] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16.", show_default="as on disk, float32 on a CPU"),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Never go to the hub.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Load weights that can run code when read.")
+    ] = False,
+    allow_remote_code: Annotated[
+        bool, typer.Option("--allow-remote-code", help="Run Python code from the model.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what it made as JSON.")] = False,
+) -> None:
+    """Run the stage of a job that failed again, alone, from the input that was kept.
+
+    Fails as the job did (`--debug` shows the whole traceback), or says what it made.
+    """
+    from triptych.config import parse_stages
+
+    folder = _folder(state, job)
+    wanted = None if stage is None else parse_stages(stage)
+    if wanted is not None and len(wanted) != 1:
+        raise InvalidRequest.of("stage", stage, "one stage")
+    from triptych.model import Trust
+    from triptych.worker import WorkerSettings, replay_task
+
+    settings = WorkerSettings(
+        model=model,
+        workflow=workflow,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        offline=offline,
+        trust=Trust(pickle_weights=allow_pickle, remote_code=allow_remote_code),
+        threads=threads,
+    )
+    _show(replay_task(folder, settings, None if wanted is None else wanted[0]), as_json)
+
+
+def _folder(state: Path, job: str) -> Path:
+    """Where the server kept a job's task. Raises InvalidRequest if there is none."""
+    if not _JOB.fullmatch(job):
+        raise InvalidRequest.of("job", job, "a job's id: letters, digits, hyphens and underscores")
+    folder = state / "artifacts" / job
+    if not state.is_dir():
+        raise InvalidRequest.of("state", str(state), "the folder that was given to `triptych serve --state`")
+    if not (folder / "failed.task").is_file():
+        raise InvalidRequest.of("job", job, f"one that failed and has not expired; {folder} holds no failed.task")
+    return folder
+
+
+def _show(made: Output, as_json: bool) -> None:
+    from triptych.transfer import tensors_in
+
+    tensors = {
+        name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "bytes": tensor.nbytes}
+        for name, tensor in _named(made.payload.values, tensors_in)
+    }
+    if as_json:
+        facts = {"seconds": made.seconds, "steps": made.steps, "peak_bytes": made.peak_bytes, "tensors": tensors}
+        print(json.dumps({"job": made.job, **facts}))
+        return
+    console = table_console()
+    line = f"job {made.job} went well: {made.steps} steps in {made.seconds:.2f} s, peak {human_bytes(made.peak_bytes)}"
+    console.print(line, markup=False)
+    for name, facts in tensors.items():
+        shape = "×".join(map(str, facts["shape"])) or "scalar"
+        console.print(f"  {name}: {facts['dtype']} {shape}, {human_bytes(facts['bytes'])}", markup=False)
+
+
+def _named(values: dict[str, Any], tensors_in: Any) -> list[tuple[str, Any]]:
+    found = []
+    for name, value in values.items():
+        inside = list(tensors_in(value))
+        found += [(name if len(inside) == 1 else f"{name}[{index}]", tensor) for index, tensor in enumerate(inside)]
+    return found

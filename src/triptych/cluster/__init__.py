@@ -1,0 +1,133 @@
+"""The cluster's mind: jobs, workers and queues, and what keeps them in touch. Free of torch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from triptych.cluster.artifacts import ArtifactFolder
+    from triptych.cluster.coordinator import Coordinator
+    from triptych.cluster.delivery import Watcher
+    from triptych.cluster.endpoints import private_folder
+    from triptych.cluster.jobs import (
+        ENDED,
+        Failure,
+        JobRecord,
+        JobSpec,
+        JobState,
+        JobStore,
+        Keeper,
+        Kept,
+        Link,
+        Outcome,
+        StageRecord,
+        StageSpec,
+    )
+    from triptych.cluster.keys import (
+        AllowList,
+        ClientKeys,
+        ServerKeys,
+        load_client_keys,
+        load_server_keys,
+        make_client_keys,
+        make_server_keys,
+        remove_client,
+    )
+    from triptych.cluster.limits import Limits
+    from triptych.cluster.memory_store import MemoryStore
+    from triptych.cluster.network import Listener
+    from triptych.cluster.sqlite_store import SqliteStore
+    from triptych.cluster.status import StageStatus, Status, Totals, WorkerStatus
+    from triptych.cluster.supervisor import RestartPolicy, SlotState, Supervisor, WorkerSlot
+    from triptych.cluster.trace import Trace
+
+# Imported on first use: a command that needs a limit must not pay for ZeroMQ.
+_ROOMS = {
+    "artifacts": ("ArtifactFolder",),
+    "coordinator": ("Coordinator",),
+    "delivery": ("Watcher",),
+    "endpoints": ("private_folder",),
+    "jobs": (
+        "ENDED",
+        "Failure",
+        "JobRecord",
+        "JobSpec",
+        "JobState",
+        "JobStore",
+        "Keeper",
+        "Kept",
+        "Link",
+        "Outcome",
+        "StageRecord",
+        "StageSpec",
+    ),
+    "keys": (
+        "AllowList",
+        "ClientKeys",
+        "ServerKeys",
+        "load_client_keys",
+        "load_server_keys",
+        "make_client_keys",
+        "make_server_keys",
+        "remove_client",
+    ),
+    "limits": ("Limits",),
+    "memory_store": ("MemoryStore",),
+    "network": ("Listener",),
+    "sqlite_store": ("SqliteStore",),
+    "status": ("StageStatus", "Status", "Totals", "WorkerStatus"),
+    "supervisor": ("RestartPolicy", "SlotState", "Supervisor", "WorkerSlot"),
+    "trace": ("Trace",),
+}
+_HOME = {name: f"{__name__}.{room}" for room, names in _ROOMS.items() for name in names}
+
+__all__ = [
+    "ENDED",
+    "AllowList",
+    "ArtifactFolder",
+    "ClientKeys",
+    "Coordinator",
+    "Failure",
+    "JobRecord",
+    "JobSpec",
+    "JobState",
+    "JobStore",
+    "Keeper",
+    "Kept",
+    "Limits",
+    "Link",
+    "Listener",
+    "MemoryStore",
+    "Outcome",
+    "RestartPolicy",
+    "ServerKeys",
+    "SlotState",
+    "SqliteStore",
+    "StageRecord",
+    "StageSpec",
+    "StageStatus",
+    "Status",
+    "Supervisor",
+    "Totals",
+    "Trace",
+    "Watcher",
+    "WorkerSlot",
+    "WorkerStatus",
+    "load_client_keys",
+    "load_server_keys",
+    "make_client_keys",
+    "make_server_keys",
+    "private_folder",
+    "remove_client",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,198 @@
+"""The workers that are in: what each can take, what a unit takes there, and which are silent or hung."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from triptych.cluster.limits import Limits
+from triptych.cluster.live import Live, Member
+from triptych.messages import Hello
+from triptych.request import StageName
+
+__all__ = ["Fleet", "Measure"]
+
+NEWER = 0.1
+"""Weight of the newest measurement in a mean."""
+RATE_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class Measure:
+    """What a unit of a stage took on one kind of device, in seconds for a job of work 1."""
+
+    unit_seconds: float = 0.0
+    largest: float = 0.0
+    """the largest job measured, in work"""
+
+    def add(self, seconds: float, work: float) -> None:
+        """One unit of a job of that work took so long."""
+        each = seconds / work
+        self.unit_seconds = each if not self.largest else self.unit_seconds + NEWER * (each - self.unit_seconds)
+        self.largest = max(self.largest, work)
+
+    def expected(self, work: float) -> float:
+        """Seconds of a unit of such a job. Attention grows with the square, so a job larger than any that was
+        measured is expected to take that."""
+        return self.unit_seconds * work * max(1.0, work / self.largest)
+
+
+@dataclass(slots=True)
+class StageTally:
+    """What a stage has done."""
+
+    done: int = 0
+    failed: int = 0
+    task_seconds: float = 0.0
+    """mean, from assignment to output"""
+    unit_seconds: float = 0.0
+    """mean"""
+    ends: deque[float] = field(default_factory=lambda: deque(maxlen=1024))
+
+    def unit(self, seconds: float) -> None:
+        """A unit has ended."""
+        self.unit_seconds = self.unit_seconds + NEWER * (seconds - self.unit_seconds) if self.unit_seconds else seconds
+
+    def task(self, seconds: float, now: float) -> None:
+        """A task has ended well."""
+        self.task_seconds = self.task_seconds + NEWER * (seconds - self.task_seconds) if self.done else seconds
+        self.done += 1
+        self.ends.append(now)
+
+    def per_minute(self, now: float) -> float:
+        """Tasks that ended within the last minute."""
+        return float(sum(end > now - RATE_SECONDS for end in self.ends))
+
+
+class Fleet:
+    """The workers by incarnation, and by the exchange that keeps their payloads."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._members: dict[str, Member] = {}
+        self._owners: dict[str, Member] = {}
+        self._stages: dict[StageName, list[Member]] = {}
+        self._measures: dict[tuple[StageName, str], Measure] = {}
+        self._count = 0
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._members.values())
+
+    def get(self, incarnation: str) -> Member | None:
+        """The worker, if it is in."""
+        return self._members.get(incarnation)
+
+    def owner(self, owner: str) -> Member | None:
+        """The worker whose exchange this is, if it is in."""
+        return self._owners.get(owner)
+
+    def add(self, hello: Hello, now: float) -> Member:
+        """Lets a worker in."""
+        self._count += 1
+        member = Member(hello, self._count, now, moved=now)
+        self._members[hello.incarnation] = self._owners[hello.owner] = member
+        for stage in hello.stages:
+            self._stages.setdefault(stage, []).append(member)
+        return member
+
+    def remove(self, member: Member) -> None:
+        """Forgets a worker."""
+        del self._members[member.id]
+        if self._owners.get(member.hello.owner) is member:
+            del self._owners[member.hello.owner]
+        for stage in member.hello.stages:
+            self._stages[stage].remove(member)
+
+    def predecessors(self, hello: Hello) -> list[Member]:
+        """Workers that cannot be there any more if this one is: with the same exchange, or in the same slot."""
+        return [
+            member
+            for member in self
+            if member.hello.owner == hello.owner or (member.hello.slot is not None and member.hello.slot == hello.slot)
+        ]
+
+    def with_stage(self, stage: StageName) -> list[Member]:
+        """Workers that hold a stage, loaded or not."""
+        return self._stages.get(stage, [])
+
+    def credits(self, stage: StageName) -> int:
+        """Tasks of a stage that all workers together take."""
+        return sum(member.credits.get(stage, 0) for member in self.with_stage(stage) if member.accepts)
+
+    def any_room(self, stage: StageName) -> bool:
+        """Whether some worker could take a task of this stage."""
+        return any(member.accepts and member.has_room(stage) for member in self.with_stage(stage))
+
+    def choose(self, live: Live, stage: StageName, reserved: set[str]) -> Member | None:
+        """The worker for a job: with a credit left, not where the job failed if there is another, least full first,
+        then where its input lies. A suspect gets a worker to itself; when none is idle, the least full one is
+        reserved, so that it will be."""
+        members = [
+            member
+            for member in self.with_stage(stage)
+            if member.accepts and member.credits.get(stage) and member.id not in reserved
+        ]
+        members = [member for member in members if member.id not in live.avoid] or members
+        if live.record.alone:
+            members.sort(key=lambda member: (len(member.running), member.order))
+            if members and members[0].running:
+                reserved.add(members[0].id)
+            return members[0] if members and not members[0].running else None
+        at = live.input.owner if live.input else None
+        able = [member for member in members if member.has_room(stage) and not member.taken]
+        return min(able, key=lambda member: _fitness(member, stage, at), default=None)
+
+    def measure(self, member: Member, stage: StageName, seconds: float, work: float) -> None:
+        """A unit took so long."""
+        self._measures.setdefault((stage, _kind(member)), Measure()).add(seconds, work)
+
+    def unit_limit(self, member: Member, stage: StageName, work: float | None) -> float:
+        """Seconds after which a unit is hung; `work` None: as large as the largest measured."""
+        measure = self._measures.get((stage, _kind(member)))
+        if measure is None:
+            return max(self._limits.first_unit_seconds, self._limits.hung_floor_seconds)
+        expected = measure.expected(measure.largest if work is None else work)
+        return max(self._limits.hung_floor_seconds, self._limits.hung_factor * expected)
+
+    def is_hung(self, member: Member) -> str | None:
+        """Why the unit that runs there is hung, or None."""
+        busy = member.busy
+        if busy is None or member.loading:
+            return None
+        live = member.running.get(busy.job)
+        limit = self.unit_limit(member, busy.stage, live.record.spec.work if live else None)
+        if busy.seconds <= limit:
+            return None
+        return f"a unit of {busy.stage} has run for {busy.seconds:.1f} s; allowed: {limit:.1f} s"
+
+    def overdue(self, now: float) -> Iterable[tuple[Member, str, str]]:
+        """Workers to be dismissed at this time, each with the kind (silent or hung) and the reason."""
+        limits = self._limits
+        for member in list(self):
+            lease = limits.loading_seconds if member.loading else limits.lease_seconds
+            idle = now - member.moved
+            if now - member.seen > lease:
+                yield member, "silent", f"silent for {now - member.seen:.1f} s; allowed: {lease:g} s"
+            elif member.loading and idle > limits.loading_seconds:
+                yield member, "hung", f"has been loading for {idle:.0f} s without getting further"
+            elif member.loading or member.busy is not None:
+                continue
+            elif member.proving and not member.running and idle > limits.prove_seconds:
+                yield member, "hung", f"did not prove within {limits.prove_seconds:g} s that it still works"
+            elif member.running and idle > limits.stalled_seconds:
+                yield member, "hung", f"holds {len(member.running)} tasks and did nothing for {idle:.0f} s"
+
+    def forgive(self, now: float) -> None:
+        """Counts nobody's silence until now: it was we who did not listen."""
+        for member in self:
+            member.seen = max(member.seen, now)
+            member.moved = max(member.moved, now)
+
+
+def _fitness(member: Member, stage: StageName, at: str | None) -> tuple[float, bool, int, int]:
+    return member.fullness(stage), member.hello.owner != at, len(member.running), member.order
+
+
+def _kind(member: Member) -> str:
+    return member.hello.device.partition(":")[0]

@@ -1,0 +1,24 @@
+"""How a deployment is laid out: one typed tree, read from a file and then from flags. No torch.
+
+A layout says which stages run where and how many of each; its sections say how payloads travel, what is bounded, and
+where others may join. Sizes are in bytes and may be written as text (`256MiB`), times are in seconds.
+"""
+
+from triptych.config.layout import Layout, Slot
+from triptych.config.sections import LOCAL, LimitsSection, ListenSection, ServeSection, TransferSection, WorkerPlan
+from triptych.config.words import STAGE_ALIASES, parse_cpus, parse_size, parse_stages
+
+__all__ = [
+    "LOCAL",
+    "STAGE_ALIASES",
+    "Layout",
+    "LimitsSection",
+    "ListenSection",
+    "ServeSection",
+    "Slot",
+    "TransferSection",
+    "WorkerPlan",
+    "parse_cpus",
+    "parse_size",
+    "parse_stages",
+]

@@ -1,0 +1,243 @@
+"""What the coordinator's side keeps of others' payloads: results, checkpoints, inputs of failed tasks, pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from triptych.cluster import Kept
+from triptych.engine.jobs import ResultFile
+from triptych.errors import TriptychError
+from triptych.messages import MEDIA_TYPES, Descriptor, ticket_for
+from triptych.transfer import Exchange, Payload, payload_of, payload_parts
+
+if TYPE_CHECKING:
+    from triptych.cluster import ArtifactFolder
+
+__all__ = ["Folder", "Memory", "PayloadKeeper", "Shelf"]
+
+logger = logging.getLogger(__name__)
+
+FETCHERS = 2
+SUFFIXES = {kind: suffix for suffix, kind in MEDIA_TYPES.items()}
+NAMES = {"input": "failed.payload"}
+"""What the cluster calls a failed stage's input is a replay's payload."""
+Done = Callable[[Kept | Exception], None]
+
+
+class Shelf(Protocol):
+    """Where kept payloads lie, by job and name."""
+
+    def put(self, job: str, name: str, payload: Payload) -> int:
+        """Keeps a payload, in place of an older one of that name; returns its bytes."""
+        ...
+
+    def get(self, job: str, name: str) -> Payload:
+        """What was kept. Raises KeyError."""
+        ...
+
+    def drop(self, job: str, name: str | None) -> None:
+        """Forgets one, or all of a job's."""
+        ...
+
+    def keep_failed(self, job: str, task: bytes) -> None:
+        """Keeps a failed task, and the job's pictures and checkpoint beside it, for a replay."""
+        ...
+
+    def files(self, job: str) -> list[ResultFile]:
+        """The files that a finished job's result consists of."""
+        ...
+
+
+class Memory:
+    """In this process, for as long as it lives."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, dict[str, Payload]] = {}
+
+    def put(self, job: str, name: str, payload: Payload) -> int:
+        """Keeps the payload itself."""
+        self._kept.setdefault(job, {})[name] = payload
+        return _bytes(payload.values)
+
+    def get(self, job: str, name: str) -> Payload:
+        """What was kept. Raises KeyError."""
+        return self._kept[job][name]
+
+    def drop(self, job: str, name: str | None) -> None:
+        """Forgets one, or all of a job's."""
+        if name is None:
+            self._kept.pop(job, None)
+        else:
+            self._kept.get(job, {}).pop(name, None)
+
+    def keep_failed(self, job: str, task: bytes) -> None:
+        """Nothing: who has the error has the request too."""
+
+    def files(self, job: str) -> list[ResultFile]:
+        """From the result's bytes."""
+        values = self._kept.get(job, {}).get("result", Payload({})).values
+        pairs = zip(values.get("files", ()), values.get("media_types", ()), strict=True)
+        return [ResultFile(kind, data=data.numpy().tobytes()) for data, kind in pairs]
+
+
+class Folder:
+    """In files, so that a restarted coordinator finds them. A result's own files (pictures, clips) lie as they are;
+    other payloads in wire form. Unless `lasting`, a result of pixels stays in memory: its caller takes it at once."""
+
+    def __init__(self, artifacts: ArtifactFolder, *, lasting: bool = True) -> None:
+        self.artifacts = artifacts
+        self._lasting = lasting
+        self._pixels: dict[str, Payload] = {}
+
+    def put(self, job: str, name: str, payload: Payload) -> int:
+        """Writes the payload's files, or the payload."""
+        files = payload.values.get("files")
+        if name == "result" and files is None and not self._lasting:
+            self._pixels[job] = payload
+            return _bytes(payload.values)
+        if name != "result" or files is None:
+            return self.artifacts.write(job, NAMES.get(name, name), *payload_parts(payload))
+        total = 0
+        for index, (data, kind) in enumerate(zip(files, payload.values["media_types"], strict=True)):
+            total += self.artifacts.write(job, f"{index}.{SUFFIXES[kind]}", data.contiguous().numpy().data)
+        return total
+
+    def get(self, job: str, name: str) -> Payload:
+        """Reads a payload. Raises KeyError."""
+        if name == "result" and job in self._pixels:
+            return self._pixels[job]
+        return payload_of(self.artifacts.view(job, NAMES.get(name, name)))
+
+    def drop(self, job: str, name: str | None) -> None:
+        """Deletes a job's files, or one."""
+        if name in (None, "result"):
+            self._pixels.pop(job, None)
+        if self.artifacts.names(job):
+            self.artifacts.delete(job, None if name is None else NAMES.get(name, name))
+
+    def keep_failed(self, job: str, task: bytes) -> None:
+        """Writes `failed.task`, and copies of what else a replay needs."""
+        self.artifacts.write(job, "failed.task", task)
+        for name in ("pictures", "checkpoint"):
+            with contextlib.suppress(KeyError):
+                self.artifacts.write(job, f"failed.{name}", self.artifacts.view(job, name))
+
+    def files(self, job: str) -> list[ResultFile]:
+        """The numbered files, in the order of the outputs."""
+        found = []
+        for name in self.artifacts.names(job):
+            number, _, suffix = name.partition(".")
+            if number.isdigit() and suffix in MEDIA_TYPES:
+                path = self.artifacts.path(job, name)
+                data = None if path is not None else self.artifacts.read(job, name)
+                found.append((int(number), ResultFile(MEDIA_TYPES[suffix], path, data)))
+        return [file for _, file in sorted(found, key=lambda pair: pair[0])]
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+def _own(value: Any) -> Any:
+    """The value with every tensor cloned out of buffers that belong to others."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, list | tuple):
+        return type(value)(map(_own, value))
+    return {key: _own(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+class PayloadKeeper:
+    """The coordinator's Keeper over an exchange and a shelf. In-process references are kept at once, the rest is
+    fetched on threads of its own."""
+
+    def __init__(self, exchange: Exchange, shelf: Shelf) -> None:
+        self._exchange = exchange
+        self._shelf = shelf
+        self._offered: dict[str, Descriptor] = {}
+        self._lock = threading.Lock()
+        self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="triptych-keeper")
+
+    def put(self, job: str, what: str, payload: Payload) -> Kept:
+        """Keeps a payload of this process' own, such as a request's pictures."""
+        return Kept(name=f"{job}/{what}", bytes=self._shelf.put(job, what, payload))
+
+    def take(self, job: str, what: str) -> Payload:
+        """A kept payload, no longer kept. Raises KeyError."""
+        payload = self._shelf.get(job, what)
+        self.drop(job, what)
+        return payload
+
+    def keep(self, job: str, what: str, descriptor: Descriptor, secret: bytes, done: Done) -> None:
+        """Fetches a payload and keeps it; see `cluster.Keeper`."""
+        if descriptor.owner == self._exchange.owner:
+            self._keep(job, what, descriptor, secret, done)
+            return
+        with contextlib.suppress(RuntimeError):  # closing: nobody waits any more
+            self._fetchers.submit(self._keep, job, what, descriptor, secret, done)
+
+    def _keep(self, job: str, what: str, descriptor: Descriptor, secret: bytes, done: Done) -> None:
+        try:
+            fetched = self._exchange.fetch(ticket_for(descriptor, secret))
+            try:
+                payload = fetched.payload
+                if fetched.route != "reference":
+                    payload = Payload(_own(payload.values), payload.tags, payload.job, payload.attempt, payload.stage)
+                self._withdraw(f"{job}/{what}")
+                kept = self.put(job, what, payload)
+            finally:
+                fetched.close()
+        except Exception as error:  # whatever it is: without an answer the job would wait for ever
+            if not isinstance(error, TriptychError | OSError):
+                logger.exception("the %s of job %s cannot be kept", what, job)
+            done(error)
+            return
+        done(kept)
+
+    def offer(self, kept: str) -> tuple[Descriptor, bytes]:
+        """What was kept, published for a worker to fetch. Raises KeyError if it is gone, or can no longer be read."""
+        with self._lock:
+            if kept not in self._offered:
+                job, _, what = kept.partition("/")
+                try:
+                    self._offered[kept] = self._exchange.publish(self._shelf.get(job, what))
+                except Exception as error:  # whatever it is: a task that is not sent would never end
+                    logger.warning("%s cannot be offered: %s: %s", kept, type(error).__name__, error)
+                    raise KeyError(kept) from error
+            return self._offered[kept], self._exchange.secret
+
+    def _withdraw(self, kept: str) -> None:
+        with self._lock:
+            descriptor = self._offered.pop(kept, None)
+        if descriptor is not None:
+            self._exchange.release(descriptor.payload)
+
+    def drop(self, job: str, what: str | None = None) -> None:
+        """Forgets what was kept for a job: all of it, or `what`."""
+        names = [f"{job}/{what}"] if what else [name for name in list(self._offered) if name.startswith(f"{job}/")]
+        for name in names:
+            self._withdraw(name)
+        self._shelf.drop(job, what)
+
+    def keep_failed(self, job: str, task: bytes) -> None:
+        """Keeps a failed task for a replay, where there is a folder for it."""
+        self._shelf.keep_failed(job, task)
+
+    def files(self, job: str) -> list[ResultFile]:
+        """A finished job's result as files; none if it has none, or they have expired."""
+        return self._shelf.files(job)
+
+    def close(self) -> None:
+        """Waits for what is being fetched, for nothing that has not begun."""
+        self._fetchers.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,146 @@
+"""What a client sends, before it is believed: bodies of bounded size, JSON, pictures as data URLs."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import Request as HttpRequest
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from starlette.requests import ClientDisconnect
+
+from triptych.decode import read_image, read_mask
+from triptych.errors import InvalidRequest
+from triptych.request import Request
+from triptych.server.errors import BodyTooLarge, WrongMediaType
+
+__all__ = ["JOB_BODY", "Submission", "parse_job", "read_body", "take_job"]
+
+MAX_IMAGES = 16
+MAX_PRIORITY = 100
+MAX_DEADLINE = 7 * 24 * 3600.0
+
+DATA_URL = r"^data:image/[a-z0-9.+-]{1,32};base64,"
+
+
+def _body_model() -> type[BaseModel]:
+    """The request's fields as JSON has them, pictures as data URLs, and what concerns the job alone."""
+    shared = {name: (info.annotation, info) for name, info in Request.model_fields.items()}
+    own: dict[str, Any] = {
+        "images": (
+            tuple[Annotated[str, Field(pattern=DATA_URL)], ...],
+            Field(default=(), max_length=MAX_IMAGES, description="data:image/…;base64,…"),
+        ),
+        "mask": (
+            Annotated[str | None, Field(pattern=DATA_URL)],
+            Field(default=None, description="data:image/…;base64,…; white is painted anew"),
+        ),
+        "preview": (bool, Field(default=False, description="make small pictures of what it has got to")),
+        "priority": (int, Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="higher goes first")),
+        "deadline": (
+            float | None,
+            Field(default=None, gt=0, le=MAX_DEADLINE, allow_inf_nan=False, description="seconds from now"),
+        ),
+        "exact": (bool, Field(default=False, description="bit for bit the same in any layout; may be slower")),
+    }
+    config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    return create_model("JobBody", __config__=config, **{**shared, **own})
+
+
+JOB_BODY = _body_model()
+"""The body of `POST /v1/jobs`."""
+
+_JOB_ONLY = ("preview", "priority", "deadline", "exact")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job as a client asks for it."""
+
+    request: Request
+    preview: bool
+    priority: int
+    deadline: float | None
+    exact: bool
+
+
+async def read_body(request: HttpRequest, limit: int) -> bytes:
+    """The body of a JSON request. Raises WrongMediaType, or BodyTooLarge as soon as more than `limit` bytes are
+    announced or have come."""
+    # Asked for by name, so that a form on some web page cannot drive a server on the reader's own machine.
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise WrongMediaType(f"given {kind[:80]!r}; allowed: application/json", field="content-type")
+    announced = request.headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced[:20]) > limit:
+        raise _too_large(limit)
+    parts, size = [], 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+            parts.append(part)
+    except ClientDisconnect:
+        raise InvalidRequest("it ended early: the client hung up", field="body") from None
+    return b"".join(parts)
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"given more than that; allowed: at most {limit} bytes", field="body")
+
+
+def take_job(data: bytes) -> Submission:
+    """A job from its JSON. Raises InvalidRequest naming the first field that is wrong, MediaError for a picture."""
+    return parse_job(_fields(data))
+
+
+def parse_job(fields: dict[str, Any]) -> Submission:
+    """A job from its checked fields, pictures still as data URLs."""
+    given = {name: value for name, value in fields.items() if name not in _JOB_ONLY}
+    given["images"] = tuple(
+        read_image(_picture(url, f"images[{index}]"), field=f"images[{index}]")
+        for index, url in enumerate(given.pop("images", ()))
+    )
+    mask = given.pop("mask", None)
+    if mask is not None:
+        given["mask"] = read_mask(_picture(mask, "mask"), field="mask")
+    return Submission(Request.parse(**given), **{name: fields[name] for name in _JOB_ONLY})
+
+
+def _fields(data: bytes) -> dict[str, Any]:
+    try:
+        # Stricter than pydantic's own: no NaN, no half of a surrogate pair, no number that is none when written back.
+        msgspec.json.decode(data)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"not valid JSON: {error}", field="body") from None
+    try:
+        body = JOB_BODY.model_validate_json(data)
+    except ValidationError as error:
+        raise _first(error) from None
+    return {name: getattr(body, name) for name in body.model_fields_set | set(_JOB_ONLY)}
+
+
+def _first(error: ValidationError) -> InvalidRequest:
+    first = error.errors(include_url=False)[0]
+    path = first["loc"]
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest.of(
+            str(path[0])[:80], first["input"], f"the fields {', '.join(sorted(JOB_BODY.model_fields))}"
+        )
+    if first["type"] == "missing":
+        return InvalidRequest.of(str(path[0]), "nothing", "a value, it cannot be left out")
+    return InvalidRequest.of(
+        str(path[0]) if path else "body", first["input"], first["msg"].removeprefix("Input should be ")
+    )
+
+
+def _picture(url: str, field: str) -> bytes:
+    """A data URL's bytes. Raises InvalidRequest."""
+    try:
+        return base64.b64decode(url[url.index(",") + 1 :], validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest.of(field, url, "a picture as data:image/…;base64,… with valid base64") from None

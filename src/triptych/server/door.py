@@ -1,0 +1,110 @@
+"""What the server needs of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from triptych.cluster import JobRecord
+    from triptych.model import Topology
+    from triptych.request import Request
+
+__all__ = ["Door", "JobView", "ResultFile", "Submitted"]
+
+
+class Submitted(Protocol):
+    """A job that was taken."""
+
+    @property
+    def id(self) -> str:
+        """Its id, which nobody can guess."""
+        ...
+
+
+class JobView(Protocol):
+    """A job as it is now."""
+
+    @property
+    def record(self) -> JobRecord:
+        """What the cluster knows of it."""
+        ...
+
+    @property
+    def position(self) -> int | None:
+        """How many jobs go before it, while it waits."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Steps done in its present stage."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Steps of its present stage; 0 while unknown."""
+        ...
+
+
+class ResultFile(Protocol):
+    """One output of a finished job."""
+
+    @property
+    def path(self) -> Path | None:
+        """Where it lies, if that is a local file."""
+        ...
+
+    @property
+    def data(self) -> bytes | None:
+        """What it holds, otherwise."""
+        ...
+
+    @property
+    def media_type(self) -> str:
+        """Such as `image/png`."""
+        ...
+
+
+class Door(Protocol):
+    """An engine as the server sees it. Every method may be called from any thread and does not wait for a job."""
+
+    @property
+    def topology(self) -> Topology:
+        """The model's."""
+        ...
+
+    def submit(
+        self, request: Request, *, preview: bool = False, client: str = "", priority: int = 0,
+        deadline: float | None = None, exact: bool = False,
+    ) -> Submitted:  # fmt: skip
+        """Takes a job. Raises TriptychError if it is wrong, or if there is no room for it."""
+        ...
+
+    def view(self, job: str) -> JobView | None:
+        """The job, None if it is unknown or has expired."""
+        ...
+
+    def cancel(self, job: str) -> bool:
+        """Ends a job; False if it is unknown or has ended."""
+        ...
+
+    def result_files(self, job: str) -> Sequence[ResultFile]:
+        """A finished job's outputs, none once they have expired."""
+        ...
+
+    def status(self) -> Any:
+        """The cluster's state, as data that msgspec writes."""
+        ...
+
+    def missing_stages(self) -> tuple[str, ...]:
+        """The stages that no worker is ready for."""
+        ...
+
+    def drain(self, timeout: float) -> bool:
+        """Takes no more jobs and waits until those that run have ended; False if the time, in seconds, was over."""
+        ...
+
+    def close(self) -> None:
+        """Stops."""
+        ...

@@ -1,0 +1,129 @@
+"""What a client is told of a job."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from triptych.server.door import Door, JobView
+
+if TYPE_CHECKING:
+    from triptych.cluster import Failure, JobRecord
+
+__all__ = ["ErrorBody", "Health", "JobObject", "job_object"]
+
+
+class JobError(BaseModel):
+    """Why a job, or one attempt at it, failed."""
+
+    code: str
+    message: str
+    field: str | None = None
+    stage: str | None = None
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong."""
+
+    code: str
+    message: str
+    field: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """Every error's body."""
+
+    error: ErrorDetail
+
+
+class StageTimes(BaseModel):
+    """What a finished stage took: seconds of work, of waiting before it, of fetching its input."""
+
+    stage: str
+    seconds: float
+    waited: float
+    fetched: float
+    steps: int
+    peak_bytes: int
+    resumed_at: int = Field(description="steps taken over from an attempt that was lost")
+
+
+class JobObject(BaseModel):
+    """A job. Times of day are seconds since the epoch."""
+
+    id: str
+    object: Literal["job"] = "job"
+    state: Literal["queued", "running", "done", "failed", "cancelled"]
+    model: str
+    workflow: str
+    created: float
+    started: float | None
+    ended: float | None
+    priority: int
+    position: int | None = Field(description="jobs that go before it, while it is queued")
+    stage: str | None = Field(description="where it is, until it ends")
+    step: int
+    steps: int = Field(description="of this stage; 0 while unknown")
+    retries: int = Field(description="attempts beyond the first of each stage")
+    times: list[StageTimes]
+    warnings: list[str]
+    request: dict[str, Any] = Field(description="the request with its defaults filled in")
+    results: list[str] = Field(description="where to get the outputs, once it is done")
+    error: JobError | None = Field(description="why it failed")
+    failures: list[JobError] = Field(description="every attempt that went wrong, the last one last")
+
+
+class Health(BaseModel):
+    """Whether jobs can be run."""
+
+    status: Literal["ok", "draining", "unavailable"]
+    missing: list[str] = Field(description="stages that no worker is ready for")
+
+
+def job_object(door: Door, view: JobView) -> JobObject:
+    """The job as a client sees it."""
+    record = view.record
+    spec, ended = record.spec, record.ended is not None
+    failures = [_error(failure) for failure in record.failures]
+    return JobObject(
+        id=spec.id,
+        state=record.state,
+        model=door.topology.source.name,
+        workflow=spec.workflow,
+        created=record.submitted,
+        started=record.started,
+        ended=record.ended,
+        priority=spec.priority,
+        position=view.position,
+        stage=None if ended else _stage(record),
+        step=view.step,
+        steps=view.steps,
+        retries=sum(max(0, count - 1) for count in record.attempts),
+        times=[_times(stage) for stage in record.finished],
+        warnings=list(spec.warnings),
+        request=spec.request,
+        results=_results(door, record),
+        error=failures[-1] if record.state == "failed" and failures else None,
+        failures=failures,
+    )
+
+
+def _stage(record: JobRecord) -> str | None:
+    stages = record.spec.stages
+    return stages[record.stage].stage if record.stage < len(stages) else None
+
+
+def _times(stage: Any) -> StageTimes:
+    return StageTimes(**{name: getattr(stage, name) for name in StageTimes.model_fields})
+
+
+def _error(failure: Failure) -> JobError:
+    return JobError(code=failure.code, message=failure.message, field=failure.field, stage=failure.stage)
+
+
+def _results(door: Door, record: JobRecord) -> list[str]:
+    if record.state != "done":
+        return []
+    job = record.spec.id
+    return [f"/v1/jobs/{job}/results/{index}" for index in range(len(door.result_files(job)))]

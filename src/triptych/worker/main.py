@@ -1,0 +1,107 @@
+"""A worker in a process of its own, from its settings to its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from triptych.errors import TriptychError
+from triptych.messages import Hello
+from triptych.noise import hush
+from triptych.transfer import Exchange
+from triptych.worker.line import Uplink
+from triptych.worker.settings import WorkerSettings
+from triptych.worker.uplink import CurveKeys, ZmqUplink
+from triptych.worker.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS = 2.0
+"""What the second signal leaves for the unit that runs."""
+EXIT_STOPPED, EXIT_FAILED, EXIT_REFUSED = 0, 1, 2
+
+
+def worker_main(
+    settings: WorkerSettings,
+    endpoint: str,
+    keys: CurveKeys | None = None,
+    *,
+    orphan_seconds: float = 60.0,
+    folder: Path | None = None,
+) -> int:
+    """Runs a worker on the main thread until it leaves, and returns the process' exit code: 0 when it was drained or
+    stopped, 2 for an error that says what is wrong (with the settings, the model, the keys), 1 for any other.
+
+    SIGTERM and SIGINT drain it; the second stops it, whatever it is at. `endpoint` and `keys` are the coordinator's,
+    see `ZmqUplink`; `folder` is the private one for the exchange's socket. One line per event goes to standard error.
+    """
+    hush()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        with contextlib.closing(Exchange(settings.transfer, folder=folder)) as exchange:
+
+            def connect(hello: Hello) -> Uplink:
+                return ZmqUplink(endpoint, hello, keys, orphan_seconds)
+
+            worker = Worker(settings, connect, exchange)
+            with signals(worker, exchange):
+                worker.run()
+    except TriptychError as error:
+        logger.error("%s", error)
+        return EXIT_REFUSED
+    except Exception:
+        logger.exception("the worker failed")
+        return EXIT_FAILED
+    return EXIT_STOPPED
+
+
+@contextlib.contextmanager
+def signals(worker: Worker, exchange: Exchange) -> Iterator[None]:
+    """While it lasts, SIGTERM and SIGINT drain the worker, and a second one stops it: after STOP_SECONDS by ending the
+    process, since a handler on the main thread would wait for the unit that runs there."""
+    read, write = socket.socketpair()
+    for end in (read, write):
+        end.setblocking(False)
+    kinds = (signal.SIGTERM, signal.SIGINT)
+    former = {kind: signal.signal(kind, lambda *_: None) for kind in kinds}
+    former_fd = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+    read.setblocking(True)
+    watcher = threading.Thread(target=_watch, args=(read, worker, exchange), name="triptych-signals", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(former_fd)
+        for kind, handler in former.items():
+            signal.signal(kind, handler)
+        write.close()
+        watcher.join()
+        read.close()
+
+
+def _watch(read: socket.socket, worker: Worker, exchange: Exchange) -> None:
+    drained = False
+    while numbers := read.recv(64):
+        for _ in [number for number in numbers if number in (signal.SIGTERM, signal.SIGINT)]:
+            if not drained:
+                drained = True
+                logger.info("told to stop: finishing what it holds")
+                worker.drain()
+                continue
+            logger.info("told to stop again")
+            worker.stop()
+            read.settimeout(STOP_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                while read.recv(64):
+                    pass
+                return
+            worker.abandon()
+            exchange.close()
+            os._exit(EXIT_FAILED)

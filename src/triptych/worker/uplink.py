@@ -1,0 +1,373 @@
+"""A worker's line to a coordinator over ZeroMQ: one thread that sends, hears, reconnects, and knows when to give up."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import queue
+import socket
+import threading
+import time
+from collections import deque
+from types import TracebackType
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from triptych.errors import InvalidRequest, Unsupported
+from triptych.line import MAX_MESSAGE, MAX_QUEUED, BadFrame, Line
+from triptych.messages import (
+    Checkpointed,
+    Failed,
+    FromWorker,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Loading,
+    Refused,
+    Stepped,
+    Stop,
+    TaskDone,
+    ToWorker,
+    Welcome,
+    decode_from_worker,
+    decode_to_worker,
+    encode,
+)
+
+__all__ = ["CurveKeys", "ZmqUplink"]
+
+PING_SECONDS = 1.0
+MAX_INBOX = 4096
+SOFT_OUTBOX = 256  # above it, news of the moment is dropped
+MANY = 64
+STEPS_SECONDS = 0.02
+FLUSH_SECONDS = 2.0
+MAX_BACK_OFF = 5.0
+RECONNECT_SECONDS = 0.5
+STOPPED_SECONDS = 2.0  # a pause of the loop longer than this was a stopped process, not a silent coordinator
+FAILED_HANDSHAKES = 3
+HANDSHAKE_SECONDS = 5.0
+NEWS = (Heartbeat, Stepped, Loading)
+HUNG_UP = (errno.EPIPE, errno.ECONNRESET)  # a coordinator that is only slow or stopped gives another error
+NO_GREETING = (zmq.EVENT_DISCONNECTED, zmq.EVENT_CONNECTED)  # the one right after the other
+CARRIED = (TaskDone, Checkpointed, Failed)
+
+_log = logging.getLogger(__name__)
+
+
+class CurveKeys(Protocol):
+    """A client's pair and its server's public key, in Z85."""
+
+    @property
+    def public(self) -> str: ...
+    @property
+    def secret(self) -> str: ...
+    @property
+    def server(self) -> str: ...
+
+
+class ZmqUplink:
+    """The worker's end. Says `hello` at once, and again, as a new incarnation, whenever the coordinator does not know
+    it (any more); the worker sees that by the Refused(again=True) and the Welcome it receives. A connection that comes
+    back loses and repeats nothing. All methods may be called from any thread.
+
+    When no coordinator has been heard for `orphan_seconds`, `receive` gives Stop, or Refused if there never was one;
+    likewise Refused when keys do not fit. Once it was told Stop or has said Goodbye, it says Hello to nobody. Raises
+    InvalidRequest for an endpoint or keys that cannot be used.
+    """
+
+    def __init__(
+        self, endpoint: str, hello: Hello, keys: CurveKeys | None = None, orphan_seconds: float = 60.0
+    ) -> None:
+        self._endpoint = endpoint if "://" in endpoint else f"tcp://{endpoint}"
+        if keys is None and self._endpoint.startswith("tcp:"):
+            raise InvalidRequest(f"{endpoint} is joined with a key file (`triptych keys`), none was given", field="key")
+        self._hello = hello
+        self._keys = keys
+        self._orphan_seconds = orphan_seconds
+        self._ping_seconds = min(PING_SECONDS, orphan_seconds / 4)
+        self._context = zmq.Context()
+        self._inbox: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._outbox: deque[bytes] = deque()
+        self._woken, self._wake = socket.socketpair()
+        for end in (self._woken, self._wake):
+            end.setblocking(False)
+        self._closing = threading.Event()
+        self._ended = False
+        self._welcomed = False
+        self._leaving = False
+        self._leave_by = 0.0
+        self._heard = self._said = self._last = time.monotonic()
+        self._rung = 0.0
+        self._back_off = 0.0
+        self._failed_handshakes = 0
+        self._connections = 0
+        self._event = 0
+        self._line = Line()
+        try:
+            self._dealer, self._monitor = self._connect()
+        except BaseException:
+            self._close_rest()
+            raise
+        self._say_hello()
+        self._thread = threading.Thread(target=self._run, name="triptych-uplink", daemon=True)
+        self._thread.start()
+
+    @property
+    def incarnation(self) -> str:
+        """The one that it last said Hello as."""
+        return self._hello.incarnation
+
+    def send(self, message: FromWorker, *, more: bool = False) -> None:
+        """Queues a message; never waits. While nobody takes them, news of the moment (heartbeats, steps) is dropped.
+
+        Raises Unsupported for a message over MAX_MESSAGE bytes.
+        """
+        body = encode(message)
+        if len(body) > MAX_MESSAGE:
+            raise Unsupported(f"a {type(message).__name__} of {len(body)} bytes; at most {MAX_MESSAGE} are sent")
+        with self._lock:
+            waiting = len(self._outbox) + self._line.kept
+            if self._ended or (waiting >= SOFT_OUTBOX and isinstance(message, NEWS)):
+                return
+            self._outbox.append(body)
+            self._leaving = self._leaving or isinstance(message, Goodbye)
+        if waiting >= MAX_QUEUED:
+            self._end(Stop())
+        if not (more or self._may_wait(message)):
+            self._rung = time.monotonic()
+            self._ring()
+
+    def _may_wait(self, message: FromWorker) -> bool:
+        """Steps in quick succession go together with the next one: waking the thread costs more than a step may."""
+        return isinstance(message, Stepped) and time.monotonic() - self._rung < STEPS_SECONDS
+
+    def receive(self, timeout: float | None) -> ToWorker | None:
+        """The next order; None when none came within `timeout` seconds. With None it waits for one, and gives Stop when
+        the line has ended and none can come any more."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._inbox.get(timeout=1.0 if timeout is None else max(0.0, timeout))
+            if timeout is not None:
+                return None
+            if self._ended and self._inbox.empty():
+                return Stop()
+
+    def close(self) -> None:
+        """Sends what is queued, for at most two seconds, and hangs up. Closing twice is fine."""
+        self._closing.set()
+        self._ring()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> ZmqUplink:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _connect(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        dealer = self._context.socket(zmq.DEALER)
+        monitor = dealer.get_monitor_socket()
+        try:
+            _configure(dealer, self._hello.incarnation)
+            if self._keys is not None:
+                dealer.curve_publickey = self._keys.public.encode()
+                dealer.curve_secretkey = self._keys.secret.encode()
+                dealer.curve_serverkey = self._keys.server.encode()
+            dealer.connect(self._endpoint)
+        except (zmq.ZMQError, ValueError) as error:
+            _hang_up(dealer, monitor)
+            allowed = f"tcp://HOST:PORT or ipc://PATH, and CURVE keys ({error})"
+            raise InvalidRequest.of("join", self._endpoint, allowed) from None
+        self._deaf, self._hearing = zmq.Poller(), zmq.Poller()
+        for poller in (self._deaf, self._hearing):
+            poller.register(self._woken.fileno(), zmq.POLLIN)
+            poller.register(monitor, zmq.POLLIN)
+        self._hearing.register(dealer, zmq.POLLIN)
+        return dealer, monitor
+
+    def _say_hello(self) -> None:
+        """Begins a conversation. Results that the other end of the former one may not have heard of follow."""
+        with self._lock:
+            unsaid = [*self._line.unacknowledged(), *self._outbox]
+            self._line, self._connections = Line(), 0
+            carried = [body for body in unsaid if isinstance(decode_from_worker(body), CARRIED)]
+            self._outbox = deque([encode(self._hello), *carried])
+
+    def _run(self) -> None:
+        try:
+            while not self._is_done():
+                self._wait()
+                now = time.monotonic()
+                if now - self._last > STOPPED_SECONDS:
+                    self._heard += now - self._last
+                self._last = now
+                self._watch()
+                self._listen(now)
+                self._flush()
+                self._mind(now)
+        except Exception:
+            _log.exception("the line to the coordinator broke")
+            self._end(Stop())
+        finally:
+            _hang_up(self._dealer, self._monitor, linger=100)
+            self._close_rest()
+
+    def _is_done(self) -> bool:
+        if not self._closing.is_set():
+            return self._ended
+        self._leave_by = self._leave_by or time.monotonic() + FLUSH_SECONDS
+        with self._lock:
+            nothing_left = not self._outbox and not self._line.kept
+        return self._ended or nothing_left or time.monotonic() > self._leave_by
+
+    def _wait(self) -> None:
+        poller = self._hearing if self._inbox.qsize() < MAX_INBOX else self._deaf
+        poller.poll(50 if self._closing.is_set() else 250)
+
+    def _watch(self) -> None:
+        """Looks at what happened to the connection."""
+        while (seen := self._seen()) is not None:
+            event = seen["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._failed_handshakes = 0
+                self._connections += 1
+                for frame in self._line.resume() if self._connections > 1 else ():
+                    self._put(frame)
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self._end(Refused(reason=f"the coordinator at {self._endpoint} does not have this key on its list"))
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and seen["value"] in HUNG_UP:
+                self._failed_handshakes += 1
+            # ZeroMQ does not try again after either of these.
+            broken = event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL or (event, self._event) == NO_GREETING
+            self._event = event
+            if broken and self._welcomed:
+                self._connect_anew()
+            elif not self._welcomed and (broken or self._failed_handshakes >= FAILED_HANDSHAKES):
+                self._end(Refused(reason=self._no_handshake()))
+
+    def _connect_anew(self) -> None:
+        """Something else answered where a coordinator was and may be again; the conversation goes on."""
+        _hang_up(self._dealer, self._monitor)
+        self._closing.wait(RECONNECT_SECONDS)
+        self._dealer, self._monitor = self._connect()
+
+    def _seen(self) -> Any:
+        try:
+            return recv_monitor_message(self._monitor, zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+
+    def _no_handshake(self) -> str:
+        return f"what answers at {self._endpoint} is no coordinator, or its key is not the one that the key file names"
+
+    def _listen(self, now: float) -> None:
+        for _ in range(MANY):
+            try:
+                frame = self._dealer.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._heard = now
+            try:
+                body, replies = self._line.take(frame)
+                for reply in replies:
+                    self._put(reply)
+                if body is not None:
+                    self._obey(decode_to_worker(body))
+            except (BadFrame, msgspec.DecodeError) as error:
+                _log.warning("dropped what the coordinator sent: %s", error)
+
+    def _obey(self, message: ToWorker) -> None:
+        refused = isinstance(message, Refused)
+        if refused and not message.again:
+            self._end(message)
+        elif refused and self._leaving:  # of no concern to either any more
+            self._end(Stop())
+        elif not self._ended:
+            self._inbox.put(message)
+            self._leaving = self._leaving or isinstance(message, Stop)
+            if isinstance(message, Welcome):
+                self._welcomed, self._back_off = True, 0.0
+            elif refused and not self._closing.is_set():
+                self._come_again()
+
+    def _come_again(self) -> None:
+        _hang_up(self._dealer, self._monitor)
+        self._closing.wait(self._back_off)
+        self._back_off = min(max(0.1, 2 * self._back_off), MAX_BACK_OFF)
+        self._hello = msgspec.structs.replace(self._hello, incarnation=_another(self._hello.incarnation))
+        self._dealer, self._monitor = self._connect()
+        self._say_hello()
+
+    def _flush(self) -> None:
+        with contextlib.suppress(OSError):
+            while self._woken.recv(4096):
+                pass
+        while not self._ended:
+            with self._lock:
+                if not self._outbox:
+                    break
+                frame = self._line.send(self._outbox.popleft())
+            self._put(frame)
+
+    def _mind(self, now: float) -> None:
+        """Pings, acknowledges, and gives a coordinator up that is not there."""
+        due = 0.05 if self._closing.is_set() else self._ping_seconds
+        if not self._ended and (now - self._said >= due or self._line.owes >= MANY):
+            self._put(self._line.idle())
+        if now - self._heard > self._orphan_seconds and not self._ended:
+            why = f"no coordinator answered at {self._endpoint} for {self._orphan_seconds:g} s"
+            if self._welcomed:
+                _log.warning(why)
+            self._end(Stop() if self._welcomed else Refused(reason=why))
+
+    def _put(self, frame: bytes) -> None:
+        self._said = time.monotonic()
+        with contextlib.suppress(zmq.Again):  # its buffers are full: the line repeats it
+            self._dealer.send(frame, zmq.NOBLOCK)
+
+    def _end(self, last: ToWorker) -> None:
+        if not self._ended:
+            self._ended = True
+            self._inbox.put(last)
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):
+            self._wake.send(b"\0")
+
+    def _close_rest(self) -> None:
+        self._ended = True
+        self._woken.close()
+        self._wake.close()
+        self._context.term()
+
+
+def _configure(dealer: zmq.Socket[bytes], incarnation: str) -> None:
+    dealer.set(zmq.ROUTING_ID, incarnation.encode())
+    dealer.set(zmq.MAXMSGSIZE, MAX_MESSAGE + 64)
+    dealer.set(zmq.SNDHWM, 2 * MAX_QUEUED)  # the line's own bound comes first
+    dealer.set(zmq.IPV6, 1)
+    dealer.set(zmq.RECONNECT_IVL, 100)
+    dealer.set(zmq.RECONNECT_IVL_MAX, 2000)
+    dealer.set(zmq.CONNECT_TIMEOUT, 5000)
+    dealer.set(zmq.HANDSHAKE_IVL, int(HANDSHAKE_SECONDS * 1000))
+    dealer.set(zmq.HEARTBEAT_IVL, 1000)
+    dealer.set(zmq.HEARTBEAT_TIMEOUT, 5000)
+
+
+def _hang_up(dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes], linger: int = 0) -> None:
+    dealer.disable_monitor()
+    monitor.close(linger=0)
+    dealer.close(linger=linger)
+
+
+def _another(incarnation: str) -> str:
+    """The next incarnation: of the same process, but never used before."""
+    base, _, count = incarnation.partition("~")
+    return f"{base}~{int(count or 0) + 1}"

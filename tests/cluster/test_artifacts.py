@@ -1,0 +1,171 @@
+"""Named blobs per job, in a folder and behind a URL."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from triptych.cluster.artifacts import ArtifactFolder
+from triptych.errors import InvalidRequest
+
+
+@pytest.fixture(params=["folder", "folder as a URL", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
+    here = tmp_path / "a folder"
+    return {"folder": here, "folder as a URL": here.as_uri(), "memory": f"memory://{uuid4().hex}/a"}[request.param]
+
+
+def test_what_is_written_comes_back(root: str | Path) -> None:
+    artifacts = ArtifactFolder(root)
+    assert artifacts.write("job", "result.0.png", b"12", bytearray(b"34"), memoryview(b"5")) == 5
+    assert artifacts.write("job", "empty") == 0
+    assert artifacts.read("job", "result.0.png") == b"12345"
+    assert bytes(artifacts.view("job", "result.0.png")[1:3]) == b"23"
+    assert artifacts.view("job", "result.0.png").readonly
+    assert artifacts.read("job", "empty") == b""
+    assert artifacts.names("job") == {"empty": 0, "result.0.png": 5}
+    assert (artifacts.size("job", "empty"), artifacts.size("job", "result.0.png")) == (0, 5)
+
+
+def test_a_blob_takes_the_place_of_the_one_before(root: str | Path) -> None:
+    artifacts = ArtifactFolder(root)
+    artifacts.write("job", "checkpoint", b"step 1")
+    artifacts.write("job", "checkpoint", b"step 10")
+    assert artifacts.read("job", "checkpoint") == b"step 10"
+    assert artifacts.total_bytes() == 7
+
+
+def test_sizes_are_known_again_after_a_restart(root: str | Path) -> None:
+    artifacts = ArtifactFolder(root)
+    artifacts.write("one", "a", b"123")
+    artifacts.write("two", "b", b"45678")
+    again = ArtifactFolder(root)
+    assert (again.jobs(), again.total_bytes()) == (["one", "two"], 8)
+    assert (again.names("one"), again.read("two", "b")) == ({"a": 3}, b"45678")
+
+
+def test_deleting(root: str | Path) -> None:
+    artifacts = ArtifactFolder(root)
+    for job in ("one", "two"):
+        artifacts.write(job, "a", b"1")
+        artifacts.write(job, "b", b"2")
+    artifacts.delete("one", "a")
+    artifacts.delete("one", "a")
+    artifacts.delete("two")
+    artifacts.delete("two")
+    artifacts.delete("never")
+    assert (artifacts.jobs(), artifacts.names("one"), artifacts.total_bytes()) == (["one"], {"b": 1}, 1)
+    artifacts.delete("one", "b")
+    assert ArtifactFolder(root).jobs() == artifacts.jobs() == []
+    artifacts.write("one", "a", b"again")
+    assert artifacts.read("one", "a") == b"again"
+
+
+def test_what_is_not_there_is_a_key_error(root: str | Path) -> None:
+    artifacts = ArtifactFolder(root)
+    artifacts.write("job", "a", b"1")
+    for ask in (artifacts.read, artifacts.view, artifacts.size, artifacts.path):
+        with pytest.raises(KeyError, match="job/b"):
+            ask("job", "b")
+    assert artifacts.names("other") == {}
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a\\b", ".hidden", "a\0b", "a\n", "x" * 129, "é"])
+def test_names_with_separators_and_the_like_are_refused(root: str | Path, name: str) -> None:
+    artifacts = ArtifactFolder(root)
+    for job, blob in ((name, "a"), ("job", name)):
+        with pytest.raises(InvalidRequest) as caught:
+            artifacts.write(job, blob, b"")
+        assert caught.value.field == "name"
+        with pytest.raises(InvalidRequest):
+            artifacts.view(job, blob)
+        with pytest.raises(InvalidRequest):
+            artifacts.delete(job, blob)
+
+
+def test_files_and_folders_are_private(tmp_path: Path) -> None:
+    artifacts = ArtifactFolder(tmp_path / "artifacts")
+    before = os.umask(0)
+    try:
+        artifacts.write("job", "a", b"1")
+    finally:
+        os.umask(before)
+    path = artifacts.path("job", "a")
+    assert path is not None
+    assert [each.stat().st_mode & 0o777 for each in (path, path.parent, path.parent.parent)] == [0o600, 0o700, 0o700]
+
+
+def test_a_folder_open_to_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir(mode=0o755)
+    with pytest.raises(InvalidRequest, match="chmod 700"):
+        ArtifactFolder(tmp_path / "open")
+
+
+def test_an_unknown_kind_of_url_is_refused() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        ArtifactFolder("pigeon://loft")
+    assert caught.value.field == "artifacts"
+
+
+def test_a_url_has_no_path() -> None:
+    artifacts = ArtifactFolder(f"memory://{uuid4().hex}")
+    artifacts.write("job", "a", b"1")
+    assert artifacts.path("job", "a") is None
+
+
+def test_a_write_that_fails_leaves_the_old_blob_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifacts = ArtifactFolder(tmp_path / "artifacts")
+    artifacts.write("job", "a", b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            artifacts.write("job", "a", b"new")
+    assert artifacts.read("job", "a") == b"old"
+    assert os.listdir(tmp_path / "artifacts" / "job") == ["a"]
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:
+    root = tmp_path / "artifacts"
+    ArtifactFolder(root).write("job", "a", b"1")
+    (root / "job" / ".new-0123456789abcdef").write_bytes(b"half")
+    assert ArtifactFolder(root).total_bytes() == 1
+    assert os.listdir(root / "job") == ["a"]
+
+
+def test_a_view_outlives_its_blob(tmp_path: Path) -> None:
+    artifacts = ArtifactFolder(tmp_path / "artifacts")
+    artifacts.write("job", "a", bytes(1 << 20))
+    view = artifacts.view("job", "a")
+    artifacts.delete("job")
+    assert bytes(view) == bytes(1 << 20)
+
+
+def test_writers_and_readers_do_not_meet(tmp_path: Path) -> None:
+    artifacts = ArtifactFolder(tmp_path / "artifacts")
+    artifacts.write("job", "a", b"0" * 1000)
+    wrong: list[bytes] = []
+
+    def read() -> None:
+        for _ in range(200):
+            blob = artifacts.read("job", "a")
+            if len(blob) != 1000 or len(set(blob)) != 1:
+                wrong.append(blob)
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for number in range(50):
+        artifacts.write("job", "a", b"%d" % (number % 10) * 1000)
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -1,0 +1,116 @@
+"""An engine without a model: jobs are what the test makes of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from triptych.cluster.jobs import JobRecord, JobSpec, JobState, StageSpec
+from triptych.model.topology import STAGES, Defaults, Source, StageTopology, Topology
+from triptych.request import Request
+
+TOPOLOGY = Topology(
+    source=Source("toy", "/nowhere", "embedded"),
+    workflow="text2image",
+    workflows=("text2image",),
+    family="toy",
+    pipeline_class="Toy",
+    adapter="modular",
+    stages=tuple(StageTopology(name, (), (), (), (), (), ()) for name in STAGES),
+    components={},
+    defaults=Defaults(),
+    spatial_multiple=8,
+    latent_scale=8,
+    latent_channels=4,
+    temporal_scale=None,
+    makes="image",
+    guidance="none",
+)
+
+
+@dataclass(frozen=True)
+class View:
+    record: JobRecord
+    position: int | None = None
+    step: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class File:
+    path: Path | None = None
+    data: bytes | None = None
+    media_type: str = "image/png"
+
+
+@dataclass(frozen=True)
+class Taken:
+    id: str
+
+
+class Counts(msgspec.Struct):
+    jobs: dict[str, int]
+
+
+@dataclass
+class FakeEngine:
+    """The server's Door. `refuse`: raised at the next submission."""
+
+    refuse: Exception | None = None
+    missing: tuple[str, ...] = ()
+    topology: Topology = TOPOLOGY
+    views: dict[str, View] = field(default_factory=dict)
+    files: dict[str, list[File]] = field(default_factory=dict)
+    submitted: list[tuple[Request, dict[str, Any]]] = field(default_factory=list)
+    drained: threading.Event = field(default_factory=threading.Event)
+    """set by a test that lets `drain` return"""
+    closed: bool = False
+
+    def submit(self, request: Request, **options: Any) -> Taken:
+        if self.refuse is not None:
+            raise self.refuse
+        self.submitted.append((request, options))
+        job = f"job{len(self.submitted)}"
+        stages = tuple(StageSpec(stage=name, fields={}) for name in STAGES)
+        spec = JobSpec(
+            id=job, stages=stages, seed=7, workflow="text2image", priority=options.get("priority", 0),
+            request={"prompt": request.prompt, "seed": 7}, warnings=("a word it was never taught",),
+        )  # fmt: skip
+        self.views[job] = View(
+            JobRecord(spec=spec, submitted=time.time(), attempts=[0, 0, 0]), position=len(self.views)
+        )
+        return Taken(job)
+
+    def put(self, job: str, state: JobState, **changes: Any) -> None:
+        """A job gets to another state."""
+        record = msgspec.structs.replace(self.views[job].record, state=state, **changes)
+        self.views[job] = replace(self.views[job], record=record, position=None)
+
+    def view(self, job: str) -> View | None:
+        return self.views.get(job)
+
+    def cancel(self, job: str) -> bool:
+        if self.views[job].record.state not in ("queued", "running"):
+            return False
+        self.put(job, "cancelled", ended=time.time())
+        return True
+
+    def result_files(self, job: str) -> list[File]:
+        return self.files.get(job, [])
+
+    def status(self) -> Counts:
+        return Counts({"queued": len(self.views)})
+
+    def missing_stages(self) -> tuple[str, ...]:
+        return self.missing
+
+    def drain(self, timeout: float) -> bool:
+        return self.drained.wait(timeout)
+
+    def close(self) -> None:
+        self.closed = True
