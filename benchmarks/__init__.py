@@ -32,6 +32,11 @@ class Row:
         space = " " if unit else ""
         return cls(what, f"{value:.{digits}f}{space}{unit}", f"≤ {limit:g}{space}{unit}", value <= limit)
 
+    @classmethod
+    def at_least(cls, what: str, value: float, limit: float) -> Row:
+        """A row whose figure must reach `limit`."""
+        return cls(what, f"{value:.3f}", f"≥ {limit:g}", value >= limit)
+
     def line(self) -> str:
         """The row as one line of a Markdown table."""
         met = {True: "yes", False: "NO", None: ""}[self.met]

@@ -70,11 +70,6 @@ def cases() -> list[Case]:
     ]
 
 
-def at_least(what: str, value: float, limit: float) -> Row:
-    """A row whose figure must reach `limit`."""
-    return Row(what, f"{value:.3f}", f"≥ {limit:g}", value >= limit)
-
-
 def waiting_rows(rounds: int, count: int) -> list[Row]:
     """Stages that only wait, in worker processes."""
     wait, ratios, rates = max(WAITS), [], []
@@ -88,7 +83,7 @@ def waiting_rows(rounds: int, count: int) -> list[Row]:
     what = f"waiting {'/'.join(f'{1000 * one:g}' for one in WAITS)} ms"
     beyond = 1000 * (statistics.median(single) - sum(WAITS))
     return [
-        at_least(f"{what}: throughput over the slowest stage alone", statistics.median(ratios), WAITING_LIMIT),
+        Row.at_least(f"{what}: throughput over the slowest stage alone", statistics.median(ratios), WAITING_LIMIT),
         Row(f"{what}: requests per second, {CLIENTS} in flight", f"{statistics.median(rates):.2f}"),
         Row(f"{what}: a request beyond its waits", f"{beyond:.2f} ms"),
     ]
@@ -169,7 +164,7 @@ def throughput_rows(case: Case, rounds: int, count: int) -> list[Row]:
     middle = {name: statistics.median(found) for name, found in rates.items()}
     return [
         Row(f"{case.name}: pictures of split and diffusers", "equal" if equal else "differ", "bit for bit", equal),
-        at_least(f"{what}: split over denoise alone", kept, REAL_LIMIT),
+        Row.at_least(f"{what}: split over denoise alone", kept, REAL_LIMIT),
         Row(f"{what}: requests per second", ", ".join(f"{name} {rate:.2f}" for name, rate in middle.items())),
         Row(f"{case.name}, {case.many} steps: stages fused", ", ".join(stages)),
     ]
@@ -197,6 +192,8 @@ def main() -> int:
     parser.add_argument("--only", help="`waiting`, or the cases whose name begins with this")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/layout.md")
     options = parser.parse_args()
+    if options.count < CLIENTS + 2:
+        parser.error(f"--count must be at least {CLIENTS + 2}: a rate is of what ends after all clients have begun")
     torch.set_num_threads(1)
     return report("layout", list(rows(options)), options.save)
 

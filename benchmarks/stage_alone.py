@@ -53,21 +53,14 @@ def main(folder: str, wanted: str, fields: str, cpus: str) -> None:
 
     from triptych import Request
     from triptych.model import resolve
-    from triptych.stage import Output, Stage, StageTask
-    from triptych.worker import WorkerSettings, open_for
+    from triptych.stage import Stage, StageTask
+    from triptych.worker import WorkerSettings, open_for, run_alone
     from triptych.worker.opening import pin
 
     settings = WorkerSettings(folder, device="cpu", threads=1, cpus=tuple(json.loads(cpus)))
     pin(settings)
     opened = open_for(settings)
     resolved = resolve(opened.topology, Request.parse(**json.loads(fields)), None)
-
-    def run(stage: Stage, task: StageTask) -> Any:
-        stage.admit(task)
-        while True:
-            for event in stage.step():
-                if isinstance(event, Output):
-                    return event.payload
 
     with torch.no_grad():
         payload, asked = None, None
@@ -79,12 +72,12 @@ def main(folder: str, wanted: str, fields: str, cpus: str) -> None:
             task = StageTask("warm", given, resolved.seed, resolved.guidance_scale, payload=payload)
             if part.name == wanted:
                 asked = stage, task
-            payload = run(stage, task)
+            payload = run_alone(stage, task).payload
         stage, task = cast(tuple[Stage, StageTask], asked)
         for line in sys.stdin:
             began = time.perf_counter()
             for _ in range(int(line)):
-                run(stage, task)
+                run_alone(stage, task)
             print(time.perf_counter() - began, flush=True)
 
 

@@ -203,11 +203,6 @@ def header_rows() -> list[Row]:
     return found
 
 
-def at_least(what: str, value: float, limit: float) -> Row:
-    """A row whose figure must reach a limit."""
-    return Row(what, f"{value:.3f}", f"≥ {limit:.3g}", value >= limit)
-
-
 def rows(medians: dict[int, dict[str, float]]) -> list[Row]:
     """The figures with targets, then every way's."""
 
@@ -216,14 +211,14 @@ def rows(medians: dict[int, dict[str, float]]) -> list[Row]:
 
     large, small = 64 * MIB, medians[KIB]
     found = [
-        at_least("same host, 64 MiB, of a memcpy", fraction(large, "memfd"), 0.45),
-        at_least("same host, 1 MiB, of a memcpy", fraction(MIB, "memfd"), 0.25),
+        Row.at_least("same host, 64 MiB, of a memcpy", fraction(large, "memfd"), 0.45),
+        Row.at_least("same host, 1 MiB, of a memcpy", fraction(MIB, "memfd"), 0.25),
         Row.at_most("same host, 1 KiB, of a bare Unix-socket round trip", small["memfd"] / small["round trip"], 2.0),
-        at_least("TCP over loopback, 64 MiB, of a memcpy", fraction(large, "tcp"), 0.15),
+        Row.at_least("TCP over loopback, 64 MiB, of a memcpy", fraction(large, "tcp"), 0.15),
     ]
     if "bare Mooncake" in medians[large]:
         ratio = medians[large]["bare Mooncake"] / medians[large]["tcp"]
-        found.append(at_least("TCP over loopback, 64 MiB, of bare Mooncake TCP without digest", ratio, 1.0))
+        found.append(Row.at_least("TCP over loopback, 64 MiB, of bare Mooncake TCP without digest", ratio, 1.0))
     else:
         found.append(Row("Mooncake", "not installed here"))
     for size, ways in medians.items():

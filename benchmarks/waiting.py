@@ -70,7 +70,7 @@ class WaitingStage:
 
     def load(self, report: Callable[[LoadProgress], None]) -> StageInfo:
         """Nothing to load."""
-        return StageInfo(self._name, 0, CAPACITY, ())
+        return StageInfo(0, CAPACITY)
 
     def admit(self, task: StageTask) -> Admitted | Full:
         """Takes as many tasks as a worker's stage does by default."""

@@ -72,8 +72,7 @@ ENVIRONMENT: dict[str, str] = {}
 
 NAMES_CUDA: dict[str, str] = {
     "device.py": "the kinds of devices that `--device` takes",
-    "cli/generate.py": "the same, in the option's help",
-    "cli/check.py": "the same",
+    "cli/options.py": "the same, in the option's help",
 }
 """Files of src that may say `cuda`, with the reason."""
 

@@ -136,8 +136,6 @@ class Task(Part, frozen=True):
     """from decode: files instead of pixels"""
     checkpoint_seconds: float | None = None
     """seconds of work between two checkpoints; None: none"""
-    work: float = 1.0
-    """how large it is beside others: pixels × frames × outputs"""
 
 
 # From a worker to the coordinator.

@@ -106,7 +106,7 @@ def open_engine(plan: dict[str, Any]) -> Engine:
         for close in (store.close, keeper.close, crew.stop, coordinator.close):
             stack.callback(close)
         crew.start(lambda _: None)
-        return Engine(Parts(topology, coordinator, keeper, crew, store, True, stack.pop_all()), isolated=True)
+        return Engine(Parts(topology, coordinator, keeper, crew, True, stack.pop_all()), isolated=True)
 
 
 def main() -> None:

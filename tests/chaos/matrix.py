@@ -12,11 +12,13 @@ from tests.chaos.cables import IN_BODY, IN_HEAD, Trap, ports_of
 from tests.chaos.cluster import LEASE, STAGES, Cluster, Wanted
 from tests.chaos.remote import Deed, Puppet
 
-__all__ = ["CELLS", "Cell", "Evidence", "run_cell"]
+__all__ = ["CELLS", "OUTSIDE", "PHASES", "Cell", "Evidence", "run_cell"]
 
 WHO = (*STAGES, "coordinator")
 PHASES = ("idle", "computing", "sending", "receiving")
 FAULTS = ("SIGKILL", "SIGSTOP", "exception", "out-of-memory", "corrupted byte", "partition")
+OUTSIDE = ("SIGKILL", "SIGSTOP", "partition")
+"""Faults from outside, after which a process is away for as long as it takes to start one."""
 FLAGS, CIPHERTEXT = 0, 20
 """Places in a frame of a control line, which begins where the trap is set."""
 STEPS_BEFORE = 6
@@ -287,11 +289,10 @@ def run_cell(cluster: Cluster, cell: Cell, reference: dict[Wanted, bytes]) -> Ev
 
 def _check(cell: Cell, evidence: Evidence) -> None:
     """Whether what the cell wants to happen did happen."""
-    outside = cell.fault in ("SIGKILL", "SIGSTOP", "partition")
     payload = cell.fault == "corrupted byte" and cell.phase in ("sending", "receiving")
     if cell.who != "coordinator" and cell.phase != "idle" and cell.fault != "corrupted byte":
         assert evidence.retries, f"{cell}: nothing was tried again"
-    if (cell.who, cell.phase) == ("denoise", "computing") and outside:
+    if (cell.who, cell.phase) == ("denoise", "computing") and cell.fault in OUTSIDE:
         assert evidence.resumes, f"{cell}: the job did not go on from its checkpoint"
     if payload and (cell.who, cell.phase) != ("encode", "receiving"):
         assert evidence.damaged, f"{cell}: the damage was not counted"

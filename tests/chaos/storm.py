@@ -19,14 +19,12 @@ from PIL import Image
 
 from tests.chaos.cables import IN_BODY, IN_HEAD
 from tests.chaos.cluster import LEASE, Cluster, Lost, Wanted
+from tests.chaos.matrix import OUTSIDE, PHASES
 from tests.chaos.remote import Deed, Puppet
 
 __all__ = ["Outcome", "Weather", "run_jobs"]
 
 IN_FLIGHT = 12
-DEADLY = ("SIGKILL", "SIGSTOP", "partition")
-"""Faults after which a process is away for as long as it takes to start one."""
-POINTS = ("idle", "computing", "sending", "receiving")
 
 
 @dataclass
@@ -110,7 +108,7 @@ class Weather:
         while not self._ended.wait(self._every):
             fault = self._random.choices(names, weights)[0]
             living = sorted(self._cluster.panel.living(), key=lambda puppet: puppet.name)
-            chosen = [puppet for puppet in living if fault not in DEADLY or self._has_twin(puppet)]
+            chosen = [puppet for puppet in living if fault not in OUTSIDE or self._has_twin(puppet)]
             if chosen:
                 self.faults[fault] += 1
                 self._deeds[fault][1](self._random.choice(chosen))
@@ -138,7 +136,7 @@ class Weather:
         self._later(lambda: self._cluster.mend(puppet))
 
     def _arm(self, puppet: Puppet, deed: Deed) -> None:
-        puppet.arm(self._random.choice(POINTS), deed)
+        puppet.arm(self._random.choice(PHASES), deed)
 
     def _damage(self, puppet: Puppet) -> None:
         if puppet.name in self._cluster.control and self._random.random() < 0.3:

@@ -188,6 +188,9 @@ def test_two_servers_cannot_share_a_port_even_before_they_answer() -> None:
         (["--dtype", "int8"], "dtype: given 'int8'; allowed: "),
         (["--port", "70000"], "port: given 70000; allowed: less than or equal to 65535"),
         (["--listen", "tcp://127.0.0.1:1"], "listen: given 'tcp://127.0.0.1:1'; allowed: an endpoint and a folder of"),
+        (["--drain", "-5"], "drain: given -5.0; allowed: 0 to 604800 seconds"),
+        (["--drain", "inf"], "drain: given inf; allowed: 0 to 604800 seconds"),
+        (["--host", "a..b"], "host: given 'a..b'; allowed: an address of this machine"),
         (["--host", "not a host"], "host: given 'not a host'; allowed: an address of this machine"),
     ],
 )

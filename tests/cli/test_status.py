@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -125,6 +126,25 @@ def test_what_is_wrong_is_one_line(url: str, line: str, capsys: pytest.CaptureFi
 def test_another_server_is_said_to_be_one(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", server.url + "/elsewhere"]) == 2
     assert "answered 404" in capsys.readouterr().err
-    server.body = b"<html>"
-    assert main(["status", server.url]) == 2
-    assert "of another version" in capsys.readouterr().err
+    for body in (b"<html>", b"\xff", b"[" * 100_000):
+        server.body = body
+        for options in ([], ["--json"]):
+            assert main(["status", server.url, *options]) == 2
+            printed = capsys.readouterr()
+            assert "of another version" in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_what_speaks_no_http_is_said_to_be_no_server(capsys: pytest.CaptureFixture[str]) -> None:
+    def answer() -> None:
+        connection, _ = other.accept()
+        with connection:
+            connection.recv(1000)
+            connection.sendall(b"SSH-2.0-OpenSSH\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert main(["status", f"127.0.0.1:{other.getsockname()[1]}"]) == 2
+        thread.join()
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: url: no server answers at ") and printed.count("\n") == 1

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.toy import STAGES, ToyCluster, ToyKeeper, ToyWorker
-from triptych.cluster import Coordinator, JobRecord, JobSpec, Limits, MemoryStore, Outcome, SqliteStore, StageSpec
+from triptych.cluster import Coordinator, JobRecord, JobSpec, Kept, Limits, MemoryStore, Outcome, SqliteStore, StageSpec
 from triptych.errors import InvalidRequest, NoWorker
 from triptych.messages import Descriptor, Hello, Ready, Refused, Run, Stepped, Stop, Task, TaskDone, ToWorker, Welcome
 
@@ -227,7 +227,6 @@ def test_whoever_is_told_of_a_lost_worker_may_ask_from_another_thread() -> None:
         thread.start()
         thread.join(PATIENCE)
 
-    cluster.more = {}
     cluster.coordinator = Coordinator(STAGES, store=cluster.store, keeper=cluster.keeper, dismissed=ask)
     cluster.worker().die()
     assert answers.get(timeout=PATIENCE) == 0
@@ -415,8 +414,6 @@ class ThreadWorker:
 
 class KeepAll(ToyKeeper):
     def keep(self, job: str, what: str, descriptor: Descriptor, secret: bytes, done: Any) -> None:
-        from triptych.cluster import Kept
-
         done(Kept(name=f"{job}/{what}"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from uuid import uuid4
 
 import pytest
 
+from tests.cluster.wires import environment
 from triptych.cluster.keys import make_client_keys, make_server_keys
 
 COUNT = 200
@@ -92,9 +92,8 @@ def spaces() -> Iterator[tuple[str, str]]:
 
 def start(space: str, script: str, folder: Path) -> subprocess.Popen[str]:
     command = ["ip", "netns", "exec", space, sys.executable, "-c", script, str(folder), "198.18.7.1"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True)
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment(), text=True)
 
 
 def expect(process: subprocess.Popen[str], line: str) -> None:

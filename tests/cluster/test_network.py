@@ -19,7 +19,7 @@ import msgspec
 import pytest
 import zmq
 
-from tests.cluster.wires import PATIENCE, Cable, Coordinator, hello, wait_until
+from tests.cluster.wires import PATIENCE, Cable, Coordinator, environment, hello, wait_until
 from triptych.cluster.jobs import Link
 from triptych.cluster.keys import ServerKeys, load_client_keys, make_client_keys, make_server_keys, remove_client
 from triptych.cluster.network import Listener
@@ -282,7 +282,7 @@ def test_a_coordinator_that_is_killed_leaves_a_place_for_the_next(coordinator: C
         "    sys.stdin.read()\n"
     )
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code, at], stdin=pipe, stdout=pipe, env=_environment()) as process:
+    with subprocess.Popen([sys.executable, "-c", code, at], stdin=pipe, stdout=pipe, env=environment()) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"listening\n"
         with ZmqUplink(at, hello()) as uplink:
@@ -292,10 +292,6 @@ def test_a_coordinator_that_is_killed_leaves_a_place_for_the_next(coordinator: C
             with Listener(coordinator, [at]):
                 assert receive(uplink) == Refused(reason="it is not known here, or was taken for dead", again=True)
                 assert isinstance(receive(uplink), Welcome)
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def test_a_cable_pulled_and_put_back_loses_and_repeats_nothing(
@@ -502,7 +498,7 @@ def test_a_listener_that_stumbles_goes_on(
 
 
 def test_large_messages_pass_and_larger_ones_are_refused_by_their_sender(
-    coordinator: Coordinator, listener: Listener, at: str, monkeypatch: pytest.MonkeyPatch
+    coordinator: Coordinator, listener: Listener, at: str
 ) -> None:
     def ready(size: int) -> Ready:
         return Ready(topology=bytes(size), capacity={}, credits={}, weights={})

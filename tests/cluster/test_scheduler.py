@@ -283,6 +283,8 @@ def test_what_was_let_go_while_a_worker_was_cut_off_is_said_when_it_comes_back()
 def test_wrong_limits_and_jobs_are_refused_by_name() -> None:
     with pytest.raises(InvalidRequest, match=r"limits.max_queue: given 0; allowed: at least 1"):
         Limits(max_queue=0)
+    with pytest.raises(InvalidRequest, match=r"limits.failures_kept: given 0; allowed: at least 1$"):
+        Limits(failures_kept=0)
     with pytest.raises(InvalidRequest, match=r"limits.lease_seconds"):
         Limits(lease_seconds=1.0)
     with pytest.raises(InvalidRequest, match=r"limits.missing_worker"):

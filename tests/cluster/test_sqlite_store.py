@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.wires import environment
 from triptych.cluster.jobs import Failure, JobRecord, JobSpec, JobState, Kept, StageRecord, StageSpec
 from triptych.cluster.sqlite_store import SCHEMA, SqliteStore
 from triptych.errors import LoadError, Unsupported
@@ -89,6 +90,13 @@ def test_ended_jobs_expire_by_age_and_by_size(store: SqliteStore) -> None:
     assert ids(store.list()) == ["running"]
 
 
+def test_a_checkpoint_ends_with_its_job_and_counts_no_more(store: SqliteStore) -> None:
+    ended = record("a", "failed", ended=1.0)
+    ended.checkpoint = Kept(name="a/checkpoint", bytes=1000)
+    store.put(ended)
+    assert store.expire(before=0.0, keep_bytes=10) == []
+
+
 def test_all_its_files_are_private(path: Path) -> None:
     before = os.umask(0)
     try:
@@ -118,10 +126,6 @@ def test_a_second_coordinator_is_told(store: SqliteStore, path: Path, monkeypatc
     assert done.returncode and "is in use by another coordinator" in done.stderr
     with pytest.raises(LoadError, match="in use"):
         SqliteStore(path)
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
 
 
 def test_a_newer_schema_is_refused_and_left_as_it_is(path: Path) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.wires import wait_until
+from tests.cluster.wires import environment, wait_until
+from triptych.cluster.processes import OwnProcess
 from triptych.cluster.supervisor import RestartPolicy, SlotState, Supervisor, WorkerSlot
 from triptych.errors import InvalidRequest
 
@@ -221,6 +222,28 @@ def test_output_is_kept_in_a_bounded_private_file(start: Start, tmp_path: Path, 
     assert ("a", "up") in lines
 
 
+def test_a_log_that_somebody_took_away_ends_no_watch(start: Start, tmp_path: Path) -> None:
+    supervisor = start({"a": SLEEP})
+    first = up(supervisor)
+    (tmp_path / "run" / "a.log").unlink()
+    supervisor.kill("a")
+    wait_until(lambda: state(supervisor).pid not in {None, first})
+    up(supervisor)
+    (tmp_path / "run" / "a.log").unlink()
+    supervisor.stop(timeout=5.0)
+    assert not alive_children()
+
+
+def test_a_signal_to_a_dead_process_does_not_take_it_away() -> None:
+    with open(os.devnull, "wb") as output:
+        process = OwnProcess(command("pass"), output)
+    wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
+    process.signal(signal.SIGTERM)
+    wait_until(process.ended)
+    process.signal(signal.SIGTERM)
+    assert process.code == 0
+
+
 def test_an_endless_line_and_odd_bytes_hurt_nobody(start: Start, lines: list[tuple[str, str]]) -> None:
     script = "import sys, time; sys.stdout.buffer.write(b'x' * 100000 + b'\\n\\xff\\xfe\\nup\\n'); sys.stdout.flush()"
     supervisor = start({"a": f"{script}; time.sleep(600)"})
@@ -272,9 +295,8 @@ time.sleep(600)
 def killed(tmp_path: Path) -> dict[str, int]:
     """Two slots of a supervisor whose process was killed: their processes live on."""
     arguments = [str(tmp_path / "run"), "a", SLEEP, "b", SLEEP]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     run = [sys.executable, "-c", OTHER, *arguments]
-    with subprocess.Popen(run, stdout=subprocess.PIPE, env=environment) as process:
+    with subprocess.Popen(run, stdout=subprocess.PIPE, env=environment()) as process:
         assert process.stdout is not None
         assert sorted(process.stdout.readline() for _ in "ab") == [b"a up\n", b"b up\n"]
         process.kill()

@@ -81,6 +81,19 @@ def test_lost_workers_are_marked(tmp_path: Path) -> None:
     assert marks[-1]["name"] == "out: gone" and marks[-1]["args"]["reason"] == "killed"
 
 
+def test_a_full_disk_ends_the_trace_and_no_job(caplog: pytest.LogCaptureFixture) -> None:
+    trace = Trace(Path("/dev/full"))
+    cluster = ToyCluster(trace=trace)
+    cluster.worker()
+    cluster.submit("a")
+    trace.mark("w0", "x" * (1 << 17), 0.0)
+    cluster.coordinator.tick()
+    cluster.finish()
+    assert cluster.outcome("a").state == "done"
+    cluster.coordinator.close()
+    assert sum("cannot be written" in record.getMessage() for record in caplog.records) == 1
+
+
 def test_a_file_that_cannot_be_written_is_named(short_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="nowhere"):
         Trace(short_path / "nowhere" / "trace.json")

@@ -27,7 +27,6 @@ from triptych.messages import (
     Refused,
     Release,
     Run,
-    SetPreview,
     Stepped,
     Task,
     TaskDone,
@@ -141,7 +140,7 @@ class ToyWorker:
             case Refused():
                 self.refused = message
                 self.held.clear()
-            case SetPreview() | _:
+            case _:
                 pass
 
     def say(self, message: FromWorker) -> None:
@@ -279,8 +278,7 @@ class ToyCluster:
 
     def restart(self) -> None:
         """The coordinator is killed, and another goes on with its store. Workers find out and come anew."""
-        for job, *_ in list(self.keeper.waiting):
-            self.keeper.waiting = [one for one in self.keeper.waiting if one[0] != job]
+        self.keeper.waiting.clear()
         self.coordinator = self.build()
         self.coordinator.restore()
         for job in self.submitted:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +23,11 @@ def wait_until(met: Callable[[], Any], what: str = "") -> None:
     while not met():
         assert time.monotonic() < end, f"still waiting for {what or met}"
         time.sleep(0.005)
+
+
+def environment() -> dict[str, str]:
+    """For a Python process that is to find what this one finds."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def hello(incarnation: str = "first") -> Hello:

@@ -14,7 +14,7 @@ from tests.families import folder
 from triptych import Engine, LoadError, Progress, Request, Result, Trust, Unsupported, WrongPayload
 from triptych.decode import LatentPreview, learn_preview
 from triptych.model import Components, Placement, describe, open_model, program
-from triptych.transfer import Payload, encode_payload
+from triptych.transfer import Payload, payload_parts
 
 
 def psnr(preview: Image.Image, picture: Image.Image) -> float:
@@ -94,9 +94,9 @@ def test_a_map_that_was_not_fitted_or_is_none_is_refused() -> None:
     decode.load(Components(topology.source), placement)
     with pytest.raises(Unsupported, match="fitted"):
         LatentPreview(decode).to_bytes()
-    head, body = encode_payload(Payload({"weights": 1}))
+    other = b"".join(payload_parts(Payload({"weights": 1})))
     with pytest.raises(WrongPayload, match="no map"):
-        LatentPreview.from_bytes(b"".join([len(head).to_bytes(4, "big"), head, *body]), topology, placement, Trust())
+        LatentPreview.from_bytes(other, topology, placement, Trust())
 
 
 def test_a_folder_without_a_vae_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.model.cases import CASES, CPU, SEED, Case
 from triptych.model import ComponentInfo, Components, Placement, Topology, describe, open_model
 from triptych.request import StageName
 from triptych.stage import Admitted, Checkpoint, Failed, GatherStage, Output, Refused, StageEvent, StageTask, StepDone
-from triptych.transfer import Payload, decode_payload, encode_payload
+from triptych.transfer import Payload, payload_of, payload_parts
 from triptych.worker import build_stage
 
 STEPS = 5
@@ -116,15 +116,7 @@ def driven(stage: GatherStage, *tasks: StageTask) -> Run:
 
 def arrived(payload: Payload | None) -> Payload | None:
     """The payload as it comes out of another process."""
-    if payload is None:
-        return None
-    head, parts = encode_payload(payload)
-    size = sum(memoryview(part).nbytes for part in parts)
-    body, at = torch.empty(size, dtype=torch.uint8).numpy().data, 0
-    for part in parts:
-        body[at : at + memoryview(part).nbytes] = memoryview(part)
-        at += memoryview(part).nbytes
-    return decode_payload(bytes(head), body)
+    return None if payload is None else payload_of(b"".join(payload_parts(payload)))
 
 
 def _steps(case: Case) -> int:

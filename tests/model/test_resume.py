@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -22,30 +21,14 @@ from tests.model.bench import STEPS, Bench, case_of, driven, equal
 from tests.model.cases import CASES, SEED, Case
 from triptych.errors import WrongPayload
 from triptych.model import Pause
-from triptych.transfer import Payload, encode_payload
+from triptych.transfer import Payload, payload_parts
 
 # Some of diffusers' schedulers hand tensors to NumPy the old way.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def rows(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, ...]]]:
-    """Collects the table's rows and prints it at the end."""
-    found: list[tuple[str, ...]] = []
-    yield found
-    capture: Any = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        print(f"\n\n{'family':<42} | {'resumed after':<14} | = undisturbed | forwards run, of | checkpoint")
-        for row in found:
-            print(f"{row[0]:<42} | {row[1]:<14} | {row[2]:<13} | {row[3]:<16} | {row[4]}")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
+HEADER = f"{'family':<42} | {'resumed after':<14} | = undisturbed | forwards run, of | checkpoint"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -56,7 +39,7 @@ def test_resumed_is_undisturbed(case: Case, rows: list[tuple[str, ...]]) -> None
     total = whole.output.steps
     assert equal(kept.output.payload.values, whole.output.payload.values) and kept.forwards == whole.forwards
     assert total >= 3 and sorted(kept.checkpoints) == list(range(1, total)), "after every step but the last"
-    size = max(sum(memoryview(part).nbytes for part in encode_payload(made)[1]) for made in kept.checkpoints.values())
+    size = max(len(wire(made.values)) for made in kept.checkpoints.values())
     points = sorted({1, total // 2, total - 1})
     resumed = {step: bench.resume(kept.checkpoints[step], checkpoint_seconds=0.0) for step in points}
     same = [equal(run.output.payload.values, whole.output.payload.values) for run in resumed.values()]
@@ -182,8 +165,7 @@ def test_a_checkpoint_costs_copies_only_and_stays_as_it_is(family: str) -> None:
 
 
 def wire(values: dict[str, Any]) -> bytes:
-    head, body = encode_payload(Payload(values))
-    return b"".join(map(bytes, (head, *body)))
+    return b"".join(payload_parts(Payload(values)))
 
 
 @pytest.fixture(scope="module")

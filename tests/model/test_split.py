@@ -24,7 +24,11 @@ from triptych.transfer import Payload
 from triptych.worker import StageProcess, StageSpec
 
 # diffusers' Euler scheduler hands a tensor to NumPy the old way.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
+HEADER = f"{'family':<42} | split = unsplit | max error to standard"
 
 GOLDEN = Path(__file__).parent / "golden"
 MEDIA = ("images", "videos")
@@ -73,27 +77,6 @@ def processes() -> Iterator[Processes]:
     yield started
     for process in started.by_stage.values():
         process.close()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As many threads as the stage processes use: the number of them decides how convolutions round."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def rows(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, ...]]]:
-    """Collects the table's rows and prints it at the end."""
-    found: list[tuple[str, ...]] = []
-    yield found
-    capture: Any = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        print(f"\n\n{'family':<42} | split = unsplit | max error to standard")
-        for row in found:
-            print(f"{row[0]:<42} | {row[1]:<15} | {row[2]}")
 
 
 def whole(case: Case, topology: Topology) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def client(engine: FakeEngine) -> Iterator[TestClient]:
-    with TestClient(create_app(engine, max_body=100_000), raise_server_exceptions=False) as client:
+    with TestClient(create_app(engine, version="1", max_body=100_000), raise_server_exceptions=False) as client:
         yield client
 
 
@@ -254,7 +254,7 @@ def test_a_client_that_hangs_up_in_the_middle_is_no_bug_of_ours(engine: FakeEngi
         "type": "http", "method": "POST", "path": "/v1/jobs", "raw_path": b"/v1/jobs", "query_string": b"",
         "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http",
     }  # fmt: skip
-    asyncio.run(create_app(engine)(scope, receive, send))
+    asyncio.run(create_app(engine, version="1", max_body=100_000)(scope, receive, send))
     assert sent[0]["status"] == 422 and not engine.submitted
 
 

@@ -84,7 +84,7 @@ class ToyProgram:
     def _pause(task: TaskInputs, done: int, x: torch.Tensor) -> None:
         if task.keep is not None:
             plain = not task.fields.get("opaque")
-            task.keep(Pause(done, task.fields["num_inference_steps"], lambda: {"x": x.clone()} if plain else None))
+            task.keep(Pause(done, lambda: {"x": x.clone()} if plain else None))
 
     def boundary_latents(self, task: TaskInputs, latents: torch.Tensor) -> torch.Tensor:
         return latents

@@ -8,6 +8,7 @@ import os
 import resource
 import socket
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -221,6 +222,21 @@ def test_a_folder_that_others_can_enter_is_refused(tmp_path: Path) -> None:
         Exchange(TransferSettings(**SMALL, routes=("memfd",)), folder=tmp_path)
     with pytest.raises(Unsupported, match="too long"):
         Exchange(TransferSettings(**SMALL, routes=("memfd",)), folder=tmp_path / ("x" * 120))
+
+
+@linux
+def test_a_folder_that_cannot_be_is_said(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = TransferSettings(**SMALL, routes=("memfd",))
+    (short_path / "file").touch()
+    for folder in (short_path / "file", short_path / "file" / "below"):
+        with pytest.raises(Unsupported, match="cannot be a folder"):
+            Exchange(settings, folder=folder)
+    deep = short_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(Unsupported, match="no socket can be in"):
+        Exchange(settings)
+    assert list(deep.iterdir()) == []
 
 
 @linux

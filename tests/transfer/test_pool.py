@@ -10,8 +10,8 @@ import threading
 import numpy as np
 import pytest
 
-from triptych.errors import NotEnoughMemory
-from triptych.transfer.pool import PAGE, Pool, Slot, make_segment
+from triptych.errors import NotEnoughMemory, Unsupported
+from triptych.transfer.pool import PAGE, Pool, Segment, Slot, make_segment
 
 linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="this system has no memfd")
 
@@ -67,6 +67,18 @@ def test_a_full_pool_is_waited_for() -> None:
     pool.close()
     with pytest.raises(NotEnoughMemory, match="closed"):
         pool.reserve(PAGE, 0.0)
+
+
+def test_a_segment_that_is_not_taken_does_not_stay() -> None:
+    def refuse(segment: Segment) -> None:
+        raise Unsupported("not this one")
+
+    pool = Pool(4 * PAGE, 4 * PAGE, shared=False, made=refuse)
+    for _ in range(2):
+        with pytest.raises(Unsupported, match="not this one"):
+            pool.reserve(PAGE, 0.0)
+    assert pool.bytes == 0
+    pool.close()
 
 
 def test_more_than_the_machine_has_is_refused_at_once() -> None:

@@ -94,6 +94,9 @@ def test_nobody_there_is_told_at_once(reader: Exchange) -> None:
         descriptor = a.publish(Payload({"x": torch.ones(10)}))
     with pytest.raises(PayloadLost, match="does not answer"):
         reader.fetch(ticket_for(descriptor, a.secret))
+    for where, why in (("a..b:1", "does not answer"), ("a:²", "no address")):
+        with pytest.raises(PayloadLost, match=why):
+            reader.fetch(ticket_for(at(descriptor, where), a.secret))
 
 
 def test_an_idle_connection_that_died_is_not_the_peers_death() -> None:

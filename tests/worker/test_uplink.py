@@ -100,7 +100,10 @@ def test_a_worker_without_a_coordinator_says_where_it_looked(tmp_path: Path) -> 
         assert receive(uplink) == Refused(reason=f"no coordinator answered at {at} for 0.3 s")
 
 
-@pytest.mark.parametrize("endpoint", ["", "nonsense", "tcp://localhost", "tcp://localhost:port", "pigeon://loft:1"])
+@pytest.mark.parametrize(
+    "endpoint",
+    ["", "nonsense", "tcp://localhost", "tcp://localhost:port", "localhost:0", "localhost:65536", "pigeon://loft:1"],
+)
 def test_what_is_no_endpoint_is_refused(endpoint: str, keys: ClientKeys) -> None:
     with pytest.raises(InvalidRequest) as caught:
         ZmqUplink(endpoint, hello(), keys)

@@ -66,7 +66,7 @@ def test_it_says_hello_loads_works_and_says_goodbye(transfer: object) -> None:
 def test_a_refusal_is_told_with_its_reason() -> None:
     coordinator = FakeCoordinator(lambda _: Refused(reason="it holds another model"))
     with (
-        pytest.raises(Unsupported, match="refuses this worker: it holds another model"),
+        pytest.raises(Unsupported, match="this worker cannot join: it holds another model"),
         running(toy_opened(), coordinator=coordinator, ready=False) as own,
     ):
         own.join()

@@ -9,6 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from triptych.cli.console import note
+from triptych.cli.options import (
+    AllowPickle,
+    AllowRemoteCode,
+    Device,
+    Dtype,
+    Findings,
+    Model,
+    Offline,
+    Revision,
+    Workflow,
+)
 from triptych.cli.weights import check_weights
 
 if TYPE_CHECKING:
@@ -24,23 +35,19 @@ _MULTIPLES = 8
 
 
 def check(
-    model: Annotated[str, typer.Argument(help="An embedded model, a diffusers folder or a hub id.")],
-    workflow: Annotated[str | None, typer.Option(help="What to ask of a model that does several things.")] = None,
+    model: Model,
+    workflow: Workflow = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 2,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="a small size")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="a small size")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, xpu or mps.")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never go to the hub.")] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Load weights that can run code when read.")
-    ] = False,
-    allow_remote_code: Annotated[
-        bool, typer.Option("--allow-remote-code", help="Run Python code from the model.")
-    ] = False,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    revision: Revision = None,
+    offline: Offline = False,
+    allow_pickle: AllowPickle = False,
+    allow_remote_code: AllowRemoteCode = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    as_json: Findings = False,
 ) -> None:
     """Run a model split over three processes and unsplit, and compare.
 

@@ -6,12 +6,13 @@ import json
 import platform
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from triptych import __version__
 from triptych.cli.console import human_bytes
+from triptych.cli.options import Findings
 
 __all__ = ["doctor", "examine"]
 
@@ -42,7 +43,7 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    as_json: Findings = False,
 ) -> None:
     """Say what this machine has, what is missing and what would be used.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from triptych.cli.generation import DEFAULT_MODEL, Asked, Opening, parse_extra, parse_numbers, run
+from triptych.cli.options import AllowPickle, AllowRemoteCode, Device, Dtype, Offline, Revision, Workflow
 
 __all__ = ["generate"]
 
@@ -70,32 +71,14 @@ def generate(
         int | None,
         typer.Option("--number", "-n", help="Outputs.", show_default="1"),
     ] = None,
-    workflow: Annotated[
-        str | None,
-        typer.Option(help="What to ask of a model that does several things."),
-    ] = None,
+    workflow: Workflow = None,
     layout: Annotated[str, typer.Option(help="fused (one process), split (one a stage), or a layout file.")] = "fused",
-    device: Annotated[
-        str,
-        typer.Option(help="auto, cpu, cuda, xpu or mps; with an index such as xpu:1."),
-    ] = "auto",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16 or float16.",
-            show_default="as on disk, float32 on a CPU",
-        ),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never go to the hub.")] = False,
-    allow_pickle: Annotated[
-        bool,
-        typer.Option("--allow-pickle", help="Load weights that can run code when read."),
-    ] = False,
-    allow_remote_code: Annotated[
-        bool,
-        typer.Option("--allow-remote-code", help="Run Python code from the model."),
-    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    revision: Revision = None,
+    offline: Offline = False,
+    allow_pickle: AllowPickle = False,
+    allow_remote_code: AllowRemoteCode = False,
     no_metadata: Annotated[
         bool,
         typer.Option("--no-metadata", help="Leave the settings out of the file."),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from triptych.cli.console import grid, human_bytes, table_console
+from triptych.cli.options import AllowRemoteCode, Findings, Model, Offline, Revision
 from triptych.cli.weights import refused_weights
 
 if TYPE_CHECKING:
@@ -21,17 +22,15 @@ __all__ = ["inspect"]
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="An embedded model, a diffusers folder or a hub id.")],
+    model: Model,
     workflow: Annotated[str | None, typer.Option(help="Only this one of the model's workflows.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the model's own")] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames.", show_default="the model's own")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never go to the hub.")] = False,
-    allow_remote_code: Annotated[
-        bool, typer.Option("--allow-remote-code", help="Run Python code from the model.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    revision: Revision = None,
+    offline: Offline = False,
+    allow_remote_code: AllowRemoteCode = False,
+    as_json: Findings = False,
 ) -> None:
     """Show a model's workflows, stages and components, what crosses between stages, and what is unsupported.
 

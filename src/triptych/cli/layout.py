@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ import typer
 
 from triptych.cli.console import grid, human_bytes, note, table_console
 from triptych.cli.generation import DEFAULT_MODEL
+from triptych.cli.options import AllowRemoteCode, Findings, Offline, Revision, Workflow
 from triptych.errors import InvalidRequest, TriptychError
 
 if TYPE_CHECKING:
@@ -46,13 +48,11 @@ class Place:
 def check(
     file: Annotated[str, typer.Argument(help="A layout file, or fused or split.")],
     model: Annotated[str, typer.Option("--model", "-m", help="The model to run.")] = DEFAULT_MODEL,
-    workflow: Annotated[str | None, typer.Option(help="What to ask of a model that does several things.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never go to the hub.")] = False,
-    allow_remote_code: Annotated[
-        bool, typer.Option("--allow-remote-code", help="Run Python code from the model.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    workflow: Workflow = None,
+    revision: Revision = None,
+    offline: Offline = False,
+    allow_remote_code: AllowRemoteCode = False,
+    as_json: Findings = False,
 ) -> None:
     """Check a layout against a model, and show what would start where and the memory of its weights.
 
@@ -127,28 +127,18 @@ def _sections(layout: Layout) -> list[TriptychError]:
 
 def _place(slot: Slot, topology: Topology) -> Place:
     """Raises InvalidRequest or DeviceError for a device or processor that is not here."""
-    from triptych.device import pick_device, pick_dtype
+    from triptych.device import DTYPES, pick_device, pick_dtype
     from triptych.errors import DeviceError
 
-    try:
-        device = pick_device(slot.device)
-    except DeviceError:
-        if slot.local:
-            raise
-        device = None
     if not slot.local:
-        device = None
+        with contextlib.suppress(DeviceError):  # it need not be here; but it must be the name of one
+            pick_device(slot.device)
+        return Place(slot, None, _weights(slot, topology, DTYPES[slot.dtype] if slot.dtype else None))
+    device = pick_device(slot.device)
     here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    if slot.local and slot.cpus and not set(slot.cpus) <= here:
+    if slot.cpus and not set(slot.cpus) <= here:
         raise InvalidRequest.of("cpus", list(slot.cpus), f"processors of this machine: {sorted(here)}")
-    dtype = pick_dtype(slot.dtype, device) if device is not None else _named_dtype(slot.dtype)
-    return Place(slot, device, _weights(slot, topology, dtype))
-
-
-def _named_dtype(name: str | None) -> torch.dtype | None:
-    from triptych.device import DTYPES
-
-    return None if name is None else DTYPES[name]
+    return Place(slot, device, _weights(slot, topology, pick_dtype(slot.dtype, device)))
 
 
 def _weights(slot: Slot, topology: Topology, dtype: torch.dtype | None) -> int:

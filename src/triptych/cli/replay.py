@@ -11,6 +11,7 @@ import typer
 
 from triptych.cli.console import human_bytes, table_console
 from triptych.cli.generation import DEFAULT_MODEL
+from triptych.cli.options import AllowPickle, AllowRemoteCode, Device, Dtype, Offline, Revision, Threads
 from triptych.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -29,20 +30,13 @@ def replay(
     ] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="The server's model.")] = DEFAULT_MODEL,
     workflow: Annotated[str | None, typer.Option(help="The server's.")] = None,
-    device: Annotated[str, typer.Option(help="As in generate.")] = "auto",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16.", show_default="as on disk, float32 on a CPU"),
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never go to the hub.")] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Load weights that can run code when read.")
-    ] = False,
-    allow_remote_code: Annotated[
-        bool, typer.Option("--allow-remote-code", help="Run Python code from the model.")
-    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    revision: Revision = None,
+    offline: Offline = False,
+    allow_pickle: AllowPickle = False,
+    allow_remote_code: AllowRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what it made as JSON.")] = False,
 ) -> None:
     """Run the stage of a job that failed again, alone, from the input that was kept.

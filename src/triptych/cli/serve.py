@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from triptych import __version__
 from triptych.cli.console import Display, note, warn
 from triptych.cli.generation import DEFAULT_MODEL
-from triptych.errors import Unsupported
+from triptych.cli.options import AllowPickle, AllowRemoteCode, Dtype, Model, Offline, PreviewVae, Revision, Workflow
+from triptych.errors import InvalidRequest, Unsupported
 
 if TYPE_CHECKING:
     from triptych.config import Layout
@@ -23,11 +23,12 @@ __all__ = ["serve"]
 _STOPPED = 1
 _NEEDED = ("fastapi", "uvicorn")
 DRAIN_SECONDS = 600.0
+_LONGEST_DRAIN = 7 * 24 * 3600.0
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="An embedded model, a diffusers folder or a hub id.")] = DEFAULT_MODEL,
-    workflow: Annotated[str | None, typer.Option(help="What to ask of a model that does several things.")] = None,
+    model: Model = DEFAULT_MODEL,
+    workflow: Workflow = None,
     layout: Annotated[str, typer.Option(help="fused, split, or a layout file.")] = "fused",
     host: Annotated[str | None, typer.Option(help="Address to answer on.", show_default="127.0.0.1")] = None,
     port: Annotated[int | None, typer.Option(help="0: any free one.", show_default="8000")] = None,
@@ -47,31 +48,24 @@ def serve(
     ] = None,
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a timeline that Perfetto opens.")] = None,
     device: Annotated[str | None, typer.Option(help="Of every worker, as in generate.", show_default="auto")] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16.", show_default="as on disk, float32 on a CPU"),
-    ] = None,
+    dtype: Dtype = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of every worker.")] = None,
     capacity: Annotated[int | None, typer.Option(help="Jobs that a stage takes at once.", show_default="4")] = None,
     drain: Annotated[
         float, typer.Option(help="Seconds that running jobs may take once it is stopped.")
     ] = DRAIN_SECONDS,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never go to the hub.")] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Load weights that can run code when read.")
-    ] = False,
-    allow_remote_code: Annotated[
-        bool, typer.Option("--allow-remote-code", help="Run Python code from the model.")
-    ] = False,
-    preview_vae: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="A tiny VAE (such as TAESD) to make previews with.")
-    ] = None,
+    revision: Revision = None,
+    offline: Offline = False,
+    allow_pickle: AllowPickle = False,
+    allow_remote_code: AllowRemoteCode = False,
+    preview_vae: PreviewVae = None,
 ) -> None:
     """Serve a model over HTTP: jobs in, pictures and clips out.
 
     Prints its URL once it is ready. SIGTERM or Ctrl-C finishes what runs and ends; twice stops at once.
     """
+    if not 0 <= drain <= _LONGEST_DRAIN:
+        raise InvalidRequest.of("drain", drain, f"0 to {_LONGEST_DRAIN:.0f} seconds")
     from triptych.config import Layout
 
     wanted = Layout.of(layout).overridden(
@@ -112,58 +106,37 @@ def run(layout: Layout, opening: Callable[[], Door], drain: float) -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise Unsupported(f"serving needs {' and '.join(missing)}: pip install 'triptych[serve]'")
-    from triptych.server import bind, create_app, serve_app
+    from triptych.server import bind, create_app, on_signals, serve_app
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its starting and ending are ours to tell
     door = layout.serve
     with bind(door.host, door.port) as sock:
         _warn_if_public(door.host)
-        with _on_signals(_interrupt):
+        with on_signals(_interrupt):
             engine = opening()
             try:
                 drained = serve_app(
-                    create_app(engine, version=_version(), max_body=door.max_body),
+                    create_app(engine, version=__version__, max_body=door.max_body),
                     sock,
                     ready=lambda url: print(f"ready: {url}", flush=True),
                     drain=lambda: engine.drain(drain),
                     tell=note,
                 )
             finally:
-                with _on_signals(lambda number, frame: None):  # closing is short, and what is half closed stays behind
+                with on_signals(lambda number, frame: None):  # closing is short, and what is half closed stays behind
                     engine.close()
     if not drained:
         raise typer.Exit(_STOPPED)
 
 
-def _version() -> str:
-    from triptych import __version__
-
-    return __version__
-
-
 def _warn_if_public(host: str) -> None:
-    import ipaddress
+    from triptych.config import is_loopback
 
-    try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    if not local:
+    if not is_loopback(host):
         warn(f"{host} is reachable from other machines, and whoever reaches it may submit, see and cancel jobs")
 
 
 def _interrupt(number: int, frame: Any) -> None:
     """SIGTERM like Ctrl-C, so that what is half open is closed."""
     raise KeyboardInterrupt
-
-
-@contextmanager
-def _on_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT are this handler's within the block."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)

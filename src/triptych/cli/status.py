@@ -37,7 +37,7 @@ def status(
     address = _address(url)
     if as_json:
         for data in _looks(address, interval if watch else None):
-            print(json.dumps(json.loads(data), indent=None if watch else 2), flush=True)
+            print(json.dumps(_decoded(data), indent=None if watch else 2), flush=True)
     elif watch:
         _watch(address, interval)
     else:
@@ -62,6 +62,7 @@ def _address(url: str) -> str:
 def _fetch(address: str) -> bytes:
     """Raises Unsupported if there is no server, or it is none of ours."""
     # Not at the top: --help would pay for the whole of http and ssl.
+    import http.client
     import urllib.error
     import urllib.request
 
@@ -71,7 +72,7 @@ def _fetch(address: str) -> bytes:
     except urllib.error.HTTPError as error:
         error.close()
         raise Unsupported(f"{address} answered {error.code} {error.reason}", field="url") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise Unsupported(f"no server answers at {address} ({reason})", field="url") from None
     if len(data) > _MAX_BYTES:
@@ -88,13 +89,18 @@ def _looks(address: str, interval: float | None) -> Iterator[bytes]:
 
 
 def _status(data: bytes) -> Status:
-    import msgspec
-
     from triptych.cluster import Status
 
+    return _decoded(data, Status)
+
+
+def _decoded(data: bytes, kind: Any = Any) -> Any:
+    """An answer as this kind of data. Raises Unsupported if it is none."""
+    import msgspec
+
     try:
-        return msgspec.json.decode(data, type=Status)
-    except msgspec.DecodeError as error:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise Unsupported(f"the server's answer is of another version ({error})", field="url") from None
 
 

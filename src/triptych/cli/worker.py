@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from triptych.cli.generation import DEFAULT_MODEL
+from triptych.cli.options import AllowPickle, AllowRemoteCode, Device, Dtype, Offline, PreviewVae, Revision, Threads
 from triptych.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -33,12 +34,9 @@ def worker(
         Path | None, typer.Option(metavar="FILE", help="The key file from `triptych keys --client`.")
     ] = None,
     workflow: Annotated[str | None, typer.Option(help="The same as the server's.")] = None,
-    device: Annotated[str, typer.Option(help="As in generate.")] = "auto",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16.", show_default="as on disk, float32 on a CPU"),
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    threads: Threads = None,
     cpus: Annotated[str | None, typer.Option(metavar="0,2-3", help="Processors to keep to.")] = None,
     capacity: Annotated[int, typer.Option(help="Tasks that a stage takes at once.")] = 4,
     name: Annotated[str, typer.Option(help="What people call it.", show_default="host and process")] = "",
@@ -50,19 +48,13 @@ def worker(
     folder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Private folder for its socket.", show_default="a new one")
     ] = None,
-    preview_vae: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="A tiny VAE (such as TAESD) to make previews with.")
-    ] = None,
+    preview_vae: PreviewVae = None,
     orphan_seconds: Annotated[float, typer.Option(help="Ends after so long without a coordinator.")] = 60.0,
     drain_seconds: Annotated[float, typer.Option(help="How long others may still fetch once it is stopped.")] = 60.0,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never go to the hub.")] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Load weights that can run code when read.")
-    ] = False,
-    allow_remote_code: Annotated[
-        bool, typer.Option("--allow-remote-code", help="Run Python code from the model.")
-    ] = False,
+    revision: Revision = None,
+    offline: Offline = False,
+    allow_pickle: AllowPickle = False,
+    allow_remote_code: AllowRemoteCode = False,
 ) -> None:
     """Run stages of a model for a server, on this machine or from another.
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
         StageSpec,
     )
     from triptych.cluster.keys import (
-        AllowList,
         ClientKeys,
         ServerKeys,
         load_client_keys,
@@ -63,7 +62,6 @@ _ROOMS = {
         "StageSpec",
     ),
     "keys": (
-        "AllowList",
         "ClientKeys",
         "ServerKeys",
         "load_client_keys",
@@ -84,7 +82,6 @@ _HOME = {name: f"{__name__}.{room}" for room, names in _ROOMS.items() for name i
 
 __all__ = [
     "ENDED",
-    "AllowList",
     "ArtifactFolder",
     "ClientKeys",
     "Coordinator",

@@ -109,10 +109,7 @@ class _Place(Protocol):
 
 class _Local:
     def __init__(self, root: Path) -> None:
-        try:
-            private_folder(root, "artifacts")
-        except OSError as error:
-            raise InvalidRequest(f"{root} cannot be used: {error.strerror}", field="artifacts") from None
+        private_folder(root, "artifacts")
         self._root = root
         for left in root.glob(f"*/{_TEMPORARY}*"):  # by a process that was killed while it wrote
             left.unlink(missing_ok=True)

@@ -127,9 +127,7 @@ class Coordinator:
     def job(self, job: str) -> JobRecord | None:
         """A job as it is now, or None if it is unknown or has expired."""
         with self._lock:
-            if live := self._scheduler.jobs.get(job):
-                return snapshot(live.record)
-            return self._effects.unsaved.get(job) or self._store.get(job)
+            return self._newer(job) or self._store.get(job)
 
     def jobs(
         self, *, client: str | None = None, states: Iterable[JobState] | None = None, before: str | None = None,
@@ -141,7 +139,7 @@ class Coordinator:
         asked = wanted | under_way if wanted and wanted & under_way else wanted
         with self._lock:
             records = self._store.list(client=client, states=asked, before=before, limit=limit)
-            present = [self.job(record.spec.id) or record for record in records]
+            present = [self._newer(record.spec.id) or record for record in records]
         return [record for record in present if wanted is None or record.state in wanted]
 
     def position(self, job: str) -> int | None:
@@ -327,6 +325,11 @@ class Coordinator:
         with self._turn():
             if not self._closed:
                 self._scheduler.kept(job, what, number, outcome)
+
+    def _newer(self, job: str) -> JobRecord | None:
+        """What is known of a job beyond what the store has of it."""
+        live = self._scheduler.jobs.get(job)
+        return snapshot(live.record) if live else self._effects.unsaved.get(job)
 
     # What else an event means here.
 

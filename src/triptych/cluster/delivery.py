@@ -41,7 +41,7 @@ class Delivery:
 
     def put(self, job: str, event: Stepped | Outcome) -> None:
         """Something for everybody who listens to the job; after an outcome nobody does any more."""
-        listeners = self._listeners.get(job, ())
+        listeners = tuple(self._listeners.get(job, ()))  # another thread may take one out meanwhile
         self._waiting.extend((listener, event) for listener in listeners)
         if isinstance(event, Outcome):
             self._listeners.pop(job, None)

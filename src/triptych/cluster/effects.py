@@ -266,7 +266,6 @@ def _bare_task(record: JobRecord, part: StageSpec, checkpoint_seconds: float | N
         raw=spec.raw and last,
         encoding=spec.encoding if last else None,
         checkpoint_seconds=checkpoint_seconds,
-        work=spec.work,
     )
 
 

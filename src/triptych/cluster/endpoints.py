@@ -105,8 +105,8 @@ def _lock_path(path: Path) -> IO[bytes]:
     # ZeroMQ takes a socket's file from whoever listens there; the lock tells a live listener from a dead one's file.
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
         raise InvalidRequest.of("listen", str(path), f"a path of at most {MAX_SOCKET_PATH} bytes for a Unix socket")
+    private_folder(path.parent, "listen")
     try:
-        private_folder(path.parent, "listen")
         lock = open(f"{path}.lock", "wb")  # noqa: SIM115
     except OSError as error:
         raise InvalidRequest(f"{path.parent} cannot be used: {error.strerror}", field="listen") from None

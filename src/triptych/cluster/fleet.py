@@ -11,7 +11,7 @@ from triptych.cluster.live import Live, Member
 from triptych.messages import Hello
 from triptych.request import StageName
 
-__all__ = ["Fleet", "Measure"]
+__all__ = ["Fleet", "StageTally"]
 
 NEWER = 0.1
 """Weight of the newest measurement in a mean."""

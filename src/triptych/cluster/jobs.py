@@ -130,6 +130,11 @@ class JobRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     finished: list[StageRecord] = []
     result: Kept | None = None
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of what the keeper still has once the job has ended."""
+        return self.result.bytes if self.result else 0
+
 
 class JobStore(Protocol):
     """Where jobs outlive the coordinator. Called from one thread at a time; every write is durable when it returns."""

@@ -73,4 +73,4 @@ class Limits:
         """The smallest value that makes sense: some may be nothing at all."""
         if name in ("checkpoint_seconds", "retention_seconds", "retention_bytes", "ahead"):
             return 0
-        return 1 if name in ("hung_factor", "max_queue", "deaths_alone", "own_errors", "damages", "losses") else 1e-3
+        return 1e-3 if name.endswith("_seconds") else 1

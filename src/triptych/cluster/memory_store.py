@@ -58,12 +58,12 @@ class MemoryStore:
     def expire(self, before: float, keep_bytes: int | None = None) -> builtins.list[JobRecord]:
         """See JobStore."""
         removed, self._evicted = self._evicted, []
-        kept = sum(_bytes(self._records[job]) for job in self._ended)
+        kept = sum(self._records[job].kept_bytes for job in self._ended)
         for job in list(self._ended):
             record = self._records[job]
             if (record.ended or 0.0) >= before and (keep_bytes is None or kept <= keep_bytes):
                 break
-            kept -= _bytes(record)
+            kept -= record.kept_bytes
             removed.append(self._remove(job))
         return removed
 
@@ -73,7 +73,3 @@ class MemoryStore:
     def _remove(self, job: str) -> JobRecord:
         self._ended.pop(job, None)
         return self._records.pop(job)
-
-
-def _bytes(record: JobRecord) -> int:
-    return record.result.bytes if record.result else 0

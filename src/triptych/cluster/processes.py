@@ -59,7 +59,8 @@ class OwnProcess:
     def signal(self, number: int) -> None:
         """Sends a signal to the process itself."""
         with self._lock:
-            self._child.send_signal(number)
+            if self.code is None:  # Popen's own would take a dead process away, and what it has left behind stayed
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Kills it and all that it has started."""

@@ -39,13 +39,6 @@ class Shares:
         """Work given to a client that has jobs here."""
         return self._served[client]
 
-    def jobs(self, client: str) -> int:
-        """Jobs of a client that have not ended."""
-        return self._jobs.get(client, 0)
-
-    def __len__(self) -> int:
-        return len(self._jobs)
-
 
 class StageQueue:
     """Jobs that wait for one stage."""

@@ -56,7 +56,10 @@ class SlotLog:
 
     def _read(self) -> bool:
         """Whether something new was there."""
-        size = self._path.stat().st_size
+        try:
+            size = self._path.stat().st_size
+        except FileNotFoundError:  # taken away by somebody; the next process makes it anew
+            size = 0
         if size < self._at:  # shortened by somebody else
             self._at = 0
         if size == self._at:

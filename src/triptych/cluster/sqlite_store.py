@@ -77,9 +77,8 @@ class SqliteStore:
 
     def put(self, record: JobRecord) -> None:
         """Writes a job, new or changed."""
-        spec = record.spec
-        kept = sum(part.bytes for part in (record.result, record.checkpoint) if part is not None)
-        row = (spec.id, spec.client, record.state, record.submitted, record.ended, kept, _ENCODER.encode(record))
+        spec, size = record.spec, record.kept_bytes
+        row = (spec.id, spec.client, record.state, record.submitted, record.ended, size, _ENCODER.encode(record))
         matters = record.state in ENDED or not any(record.attempts)
         with self._lock, self._clear_errors():
             self._db.execute(f"PRAGMA synchronous = {'FULL' if matters else 'NORMAL'}")
@@ -115,9 +114,11 @@ class SqliteStore:
         """Removes the ended jobs that ended before that time (seconds since the epoch), then those that ended first
         until what the remaining ended ones keep is at most `keep_bytes`; returns what it removed."""
         removed = []
+        # Without a bound on bytes the young ones need not be read: there may be many, and somebody waits for this.
+        which, values = ("ended < ?", [before]) if keep_bytes is None else ("ended IS NOT NULL", [])
         with self._lock, self._clear_errors(), self._transaction():
             rows = self._db.execute(
-                "SELECT number, ended, bytes FROM jobs WHERE ended IS NOT NULL ORDER BY ended, number"
+                f"SELECT number, ended, bytes FROM jobs WHERE {which} ORDER BY ended, number", values
             ).fetchall()
             left = sum(row[2] for row in rows)
             for number, ended, size in rows:

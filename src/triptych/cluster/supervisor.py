@@ -25,6 +25,8 @@ LOOK_SECONDS = 0.05
 KILLED_SECONDS = 10.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
+State = Literal["running", "waiting", "given up", "stopped"]
+
 _log = logging.getLogger(__name__)
 _workers = logging.getLogger("triptych.workers")
 
@@ -53,7 +55,7 @@ class SlotState:
     """How a slot is. `since`: when it came to be so, in seconds since the epoch; `last`: the last lines of its log."""
 
     name: str
-    state: Literal["running", "waiting", "given up", "stopped"]
+    state: State
     pid: int | None
     since: float
     starts: int
@@ -65,14 +67,14 @@ class _Place:
     slot: WorkerSlot
     log: SlotLog
     process: WorkerProcess | None = None
-    state: Literal["running", "waiting", "given up", "stopped"] = "waiting"
+    state: State = "waiting"
     since: float = field(default_factory=time.time)
     started: float = 0.0
     start_at: float = 0.0
     starts: int = 0
     quick: int = 0
 
-    def become(self, state: Literal["running", "waiting", "given up", "stopped"]) -> None:
+    def become(self, state: State) -> None:
         self.state, self.since = state, time.time()
 
 
@@ -98,10 +100,7 @@ class Supervisor:
         max_log_bytes: int = 8 << 20,
     ) -> None:
         _check(slots)
-        try:
-            private_folder(folder, "state")
-        except OSError as error:
-            raise InvalidRequest(f"{folder} cannot be used: {error.strerror}", field="state") from None
+        private_folder(folder, "state")
         self._note = folder / "workers.json"
         self._policy = policy or RestartPolicy()
         self._on_exit = on_exit
@@ -117,8 +116,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Adopts the workers of a supervisor that was killed, ends those that no slot wants, and starts the others."""
-        unwanted = self._adopt()
-        _end(unwanted, 5.0)
+        _end(self._adopt(), 5.0)
         self._thread.start()
 
     def states(self) -> list[SlotState]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -12,14 +15,16 @@ from triptych.messages import Stepped, TaskDone
 
 __all__ = ["Trace"]
 
+logger = logging.getLogger(__name__)
+
 QUEUES = 1
 """The process number of the queues in the file; workers follow."""
 
 
 class Trace:
     """Writes events as they happen: the file is a valid JSON array after `close`, and opens without its last bracket
-    if the process did not get there. Times given are one clock's seconds. Raises InvalidRequest if the file cannot be
-    written."""
+    if the process did not get there, or the disk was full. Times given are one clock's seconds. Raises InvalidRequest
+    if the file cannot be written."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -32,20 +37,20 @@ class Trace:
         self._workers: dict[str, int] = {}
         self._ends: dict[tuple[str, str], float] = {}
         self._zero: float | None = None
-        with self._lock:
+        with self._writing():
             self._file.write("[\n")
             self._write("M", QUEUES, 0, "process_name", args={"name": "queues"})
 
     def waited(self, job: str, stage: str, seconds: float, now: float) -> None:
         """A job has left a stage's queue after so long."""
-        with self._lock:
+        with self._writing():
             _, thread = self._track("queues", stage)
             for phase, at in (("b", now - seconds), ("e", now)):
                 self._write(phase, QUEUES, thread, job, at, cat="queue", id=f"{stage}/{job}", args={"stage": stage})
 
     def unit(self, worker: str, message: Stepped, seconds: float, now: float) -> None:
         """A unit has ended after so long."""
-        with self._lock:
+        with self._writing():
             process, thread = self._track(worker, message.stage)
             start = max(now - seconds, self._ends.get((worker, message.stage), -1e300))
             self._ends[worker, message.stage] = now
@@ -55,7 +60,7 @@ class Trace:
 
     def task(self, worker: str, message: TaskDone, began: float, now: float) -> None:
         """A task has ended; what it fetched it fetched when it began."""
-        with self._lock:
+        with self._writing():
             args = {
                 "job": message.job, "stage": message.stage, "attempt": message.attempt, "bytes": message.fetched_bytes,
                 "route": message.fetched_by, "resumed_at": message.resumed_at,
@@ -69,22 +74,33 @@ class Trace:
 
     def mark(self, worker: str, what: str, now: float, **args: Any) -> None:
         """Something happened to a worker."""
-        with self._lock:
+        with self._writing():
             process, thread = self._track(worker, "events")
             self._write("i", process, thread, what, now, s="p", args=args)
 
     def flush(self) -> None:
         """What was written so far is in the file."""
-        with self._lock:
+        with self._writing():
             if not self._file.closed:
                 self._file.flush()
 
     def close(self) -> None:
         """Ends the array. Later events are dropped."""
-        with self._lock:
+        with self._writing():
             if not self._file.closed:
                 self._file.write("\n]\n")
                 self._file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """The file for one thread at a time. A full disk ends the trace, not what is traced."""
+        with self._lock:
+            try:
+                yield
+            except OSError as error:
+                logger.error("the trace ends here, %s cannot be written: %s", self._file.name, error.strerror)
+                with contextlib.suppress(OSError):
+                    self._file.close()
 
     def _track(self, worker: str, name: str) -> tuple[int, int]:
         key = (worker, name)

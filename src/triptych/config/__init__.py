@@ -5,12 +5,10 @@ where others may join. Sizes are in bytes and may be written as text (`256MiB`),
 """
 
 from triptych.config.layout import Layout, Slot
-from triptych.config.sections import LOCAL, LimitsSection, ListenSection, ServeSection, TransferSection, WorkerPlan
-from triptych.config.words import STAGE_ALIASES, parse_cpus, parse_size, parse_stages
+from triptych.config.sections import LimitsSection, ListenSection, ServeSection, TransferSection, WorkerPlan
+from triptych.config.words import is_loopback, parse_cpus, parse_size, parse_stages
 
 __all__ = [
-    "LOCAL",
-    "STAGE_ALIASES",
     "Layout",
     "LimitsSection",
     "ListenSection",
@@ -18,6 +16,7 @@ __all__ = [
     "Slot",
     "TransferSection",
     "WorkerPlan",
+    "is_loopback",
     "parse_cpus",
     "parse_size",
     "parse_stages",

@@ -179,10 +179,11 @@ class Layout(Section):
         if lacking and self.missing == "fail":
             allowed = f"one for {', '.join(lacking)} too (or `missing: wait`, to wait for one to join)"
             found.append(InvalidRequest.of("workers", ", ".join(sorted(self._words())), allowed))
-        twice = sorted(name for name, count in Counter(slot.name for slot in self.slots(stages)).items() if count > 1)
+        slots = self.slots(stages)
+        twice = sorted(name for name, count in Counter(slot.name for slot in slots).items() if count > 1)
         if twice:
             found.append(InvalidRequest.of("workers", ", ".join(twice), "names that differ once they are numbered"))
-        return found + self._wrong_addresses(stages) + self._wrong_memory(stages, memory_bytes)
+        return found + self._wrong_addresses(slots) + self._wrong_memory(slots, memory_bytes)
 
     def _words(self) -> set[str]:
         return {word for plan in self.workers for word in plan.stages}
@@ -202,8 +203,8 @@ class Layout(Section):
             found.append(InvalidRequest.of(f"{at}.host", plan.host, allowed))
         return found
 
-    def _wrong_addresses(self, stages: Sequence[StageName]) -> list[InvalidRequest]:
-        transfer, slots = self.transfer, self.slots(stages)
+    def _wrong_addresses(self, slots: Sequence[Slot]) -> list[InvalidRequest]:
+        transfer = self.transfer
         if transfer.routes is not None and not {"tcp", "mooncake"} & set(transfer.routes):
             return []
         here = sum(slot.local for slot in slots)
@@ -218,10 +219,10 @@ class Layout(Section):
             found.append(InvalidRequest.of("transfer.host", transfer.host, allowed))
         return found
 
-    def _wrong_memory(self, stages: Sequence[StageName], memory_bytes: int | None) -> list[InvalidRequest]:
+    def _wrong_memory(self, slots: Sequence[Slot], memory_bytes: int | None) -> list[InvalidRequest]:
         if memory_bytes is None:
             return []
-        here = sum(slot.local for slot in self.slots(stages))
+        here = sum(slot.local for slot in slots)
         pool, budget = self.transfer.pool_bytes, self.transfer.budget_bytes
         found = []
         if 2 * pool * here > memory_bytes:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, Vali
 from triptych.config.words import one_or_many, parse_size, stage_words
 from triptych.config.wrong import problem
 from triptych.messages import Route
+from triptych.request import StageName
 
 __all__ = [
     "LOCAL",
@@ -35,13 +36,17 @@ Switch = Annotated[bool, Strict()]
 Size = Annotated[int, BeforeValidator(parse_size), Strict()]
 Seconds = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
 AnySeconds = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
-StageWord = Literal["encode", "denoise", "decode", "all", "each"]
+StageWord = Literal[StageName, "all", "each"]
 
 
 class Section(BaseModel):
     """Base of everything in the tree: unknown keys are errors, nothing changes afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def given(self) -> dict[str, Any]:
+        """What was said, by field; the rest is for whoever is configured by it to choose."""
+        return self.model_dump(exclude_unset=True)
 
 
 class WorkerPlan(Section):
@@ -127,10 +132,6 @@ class TransferSection(Section):
         except ValidationError as error:
             raise problem(cls, error.errors()[0], below="transfer") from None
 
-    def given(self) -> dict[str, Any]:
-        """What was said, by field; the rest is the transfer layer's to choose."""
-        return self.model_dump(exclude_unset=True)
-
     def arguments(self) -> list[str]:
         """What was said, as options of `triptych worker`."""
         given = self.model_dump(mode="json", exclude_unset=True)
@@ -182,10 +183,6 @@ class LimitsSection(Section):
     """ended jobs and their results are forgotten after so long"""
     retention_bytes: Size | None = Field(default=None, ge=0)
     """ended jobs keep at most so much, the oldest go first; null: no limit"""
-
-    def given(self) -> dict[str, Any]:
-        """What was said, by field; the rest is the cluster's to choose."""
-        return self.model_dump(exclude_unset=True)
 
 
 class ListenSection(Section):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Any
+from typing import Any, get_args
 
 from triptych.errors import InvalidRequest
 from triptych.request import StageName
 
 __all__ = [
     "STAGES",
-    "STAGE_ALIASES",
     "is_loopback",
     "one_or_many",
     "parse_cpus",
@@ -23,7 +22,7 @@ __all__ = [
 STAGE_ALIASES: dict[str, StageName] = {"encoder": "encode", "transformer": "denoise", "decoder": "decode"}
 """What the field calls the stages; taken wherever a person names one."""
 
-STAGES: tuple[StageName, ...] = ("encode", "denoise", "decode")
+STAGES: tuple[StageName, ...] = get_args(StageName)
 _UNITS = {
     "": 1,
     "k": 1000,
@@ -58,7 +57,7 @@ def is_loopback(host: str) -> bool:
 
 def parse_stages(text: str) -> tuple[StageName, ...]:
     """Stage names or their aliases, separated by commas. Raises InvalidRequest."""
-    names = [STAGE_ALIASES.get(word, word) for word in text.split(",")]
+    names = stage_words(text)
     if len(set(names)) != len(names) or not set(names) <= set(STAGES):
         aliases = ", ".join(STAGE_ALIASES)
         raise InvalidRequest.of("stages", text, f"{', '.join(STAGES)} (or {aliases}), each once, between commas")

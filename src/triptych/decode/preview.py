@@ -32,7 +32,7 @@ from triptych.model import (
     meta_component,
     program,
 )
-from triptych.transfer import Payload, decode_payload, encode_payload
+from triptych.transfer import Payload, payload_of, payload_parts
 
 MAX_BUFFER = 1 << 16
 """Elements of a VAE's buffer that goes along with the map: statistics of latents have a few per channel."""
@@ -87,15 +87,13 @@ class LatentPreview:
         buffers = {name: named[name].cpu() for name in beside if named[name].numel() <= MAX_BUFFER}
         dtype = str(vae.dtype).removeprefix("torch.")
         values = {"weights": self._weights.cpu(), "buffers": buffers, "dtype": dtype}
-        head, body = encode_payload(Payload(values))
-        return b"".join([len(head).to_bytes(4, "big"), head, *body])
+        return b"".join(payload_parts(Payload(values)))
 
     @classmethod
     def from_bytes(cls, data: bytes, topology: Topology, placement: Placement, trust: Trust) -> LatentPreview:
         """What `to_bytes` gave, on `placement`'s device, of the same model. Needs none of the decode stage's weights.
         Raises WrongPayload or LoadError."""
-        size = int.from_bytes(data[:4], "big")
-        values = decode_payload(data[4 : 4 + size], bytearray(data[4 + size :])).values
+        values = payload_of(data).values
         weights, dtype = values.get("weights"), getattr(torch, str(values.get("dtype")), None)
         if not (isinstance(weights, torch.Tensor) and isinstance(dtype, torch.dtype)):
             raise WrongPayload("no map from latents to colours", field="preview")

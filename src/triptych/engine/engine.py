@@ -49,8 +49,9 @@ class Engine:
 
     def _take_over(self) -> None:
         """Hears of the jobs that an engine before this one accepted and did not end."""
-        unfinished = self._coordinator.jobs(states=("queued", "running"), limit=sys.maxsize)
-        for record in unfinished if self._parts.durable else ():
+        if not self._parts.durable:
+            return
+        for record in self._coordinator.jobs(states=("queued", "running"), limit=sys.maxsize):
             self._coordinator.watch(record.spec.id, functools.partial(self._heard, record.spec.id))
 
     def _heard(self, job: str, event: Stepped | Outcome) -> None:

@@ -15,7 +15,7 @@ from triptych.cluster import Kept
 from triptych.engine.jobs import ResultFile
 from triptych.errors import TriptychError
 from triptych.messages import MEDIA_TYPES, Descriptor, ticket_for
-from triptych.transfer import Exchange, Payload, payload_of, payload_parts
+from triptych.transfer import Exchange, Payload, payload_of, payload_parts, tensors_in
 
 if TYPE_CHECKING:
     from triptych.cluster import ArtifactFolder
@@ -64,7 +64,7 @@ class Memory:
     def put(self, job: str, name: str, payload: Payload) -> int:
         """Keeps the payload itself."""
         self._kept.setdefault(job, {})[name] = payload
-        return _bytes(payload.values)
+        return _bytes(payload)
 
     def get(self, job: str, name: str) -> Payload:
         """What was kept. Raises KeyError."""
@@ -101,7 +101,7 @@ class Folder:
         files = payload.values.get("files")
         if name == "result" and files is None and not self._lasting:
             self._pixels[job] = payload
-            return _bytes(payload.values)
+            return _bytes(payload)
         if name != "result" or files is None:
             return self.artifacts.write(job, NAMES.get(name, name), *payload_parts(payload))
         total = 0
@@ -141,12 +141,8 @@ class Folder:
         return [file for _, file in sorted(found, key=lambda pair: pair[0])]
 
 
-def _bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(map(_bytes, value.values()))
-    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
+def _bytes(payload: Payload) -> int:
+    return sum(tensor.nbytes for tensor in tensors_in(payload.values))
 
 
 def _own(value: Any) -> Any:

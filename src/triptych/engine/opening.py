@@ -89,7 +89,6 @@ class Parts:
     coordinator: Coordinator
     keeper: PayloadKeeper
     crew: Crew
-    store: JobStore
     durable: bool
     """jobs outlive this process"""
     cleanup: contextlib.ExitStack
@@ -98,9 +97,14 @@ class Parts:
 
 def open_crew(opening: Opening, report: LoadReport) -> Parts:
     """Opens it all and waits until the stages have loaded. Raises what `Engine.open` raises."""
-    layout = Layout.of(opening.layout)
-    listens = layout.listen is not None or opening.listen is not None or opening.keys is not None
-    alone = layout.name == "fused" and not opening.isolate and not listens
+    layout = Layout.of(opening.layout).overridden(
+        device=None if opening.device == "auto" else opening.device,
+        dtype=opening.dtype,
+        capacity=opening.capacity,
+        listen=opening.listen,
+        keys=opening.keys,
+    )
+    alone = layout.name == "fused" and not opening.isolate and layout.listen is None
     with contextlib.ExitStack() as stack:
         parts = _open_alone(opening, layout, stack) if alone else _open_processes(opening, layout, stack)
         stack.callback(parts.crew.stop)
@@ -111,12 +115,11 @@ def open_crew(opening: Opening, report: LoadReport) -> Parts:
 
 def _open_alone(opening: Opening, layout: Layout, stack: contextlib.ExitStack) -> Parts:
     transfer = TransferSettings(routes=("reference",))
-    layout = layout.overridden(dtype=opening.dtype, capacity=opening.capacity)
     plan = layout.workers[0]
     settings = WorkerSettings(
         model=opening.model,
         workflow=opening.workflow,
-        device=plan.devices[0] if opening.device == "auto" else opening.device,
+        device=plan.devices[0],
         dtype=plan.dtype,
         revision=opening.revision,
         offline=opening.offline,
@@ -148,14 +151,10 @@ def _open_alone(opening: Opening, layout: Layout, stack: contextlib.ExitStack) -
     coordinator.restore(grace=0.0)  # the worker of before was of a process that is no more
     told = Told(coordinator, opened.topology)
     crew = InProcess(told, coordinator, opened, settings, exchange)
-    return Parts(opened.topology, coordinator, keeper, crew, store, folder is not None, stack)
+    return Parts(opened.topology, coordinator, keeper, crew, folder is not None, stack)
 
 
 def _open_processes(opening: Opening, layout: Layout, stack: contextlib.ExitStack) -> Parts:
-    device = None if opening.device == "auto" else opening.device
-    layout = layout.overridden(
-        device=device, dtype=opening.dtype, capacity=opening.capacity, listen=opening.listen, keys=opening.keys
-    )
     trust = opening.trust
     source = open_model(opening.model, revision=opening.revision, offline=opening.offline, trust=trust)
     topology = describe(source, opening.workflow, trust)
@@ -198,7 +197,7 @@ def _open_processes(opening: Opening, layout: Layout, stack: contextlib.ExitStac
     held = {slot.name: slot.stages for slot in here}
     told = Told(coordinator, topology)
     crew = Processes(told, coordinator, endpoints, keys, supervise, held, awaited)
-    return Parts(topology, coordinator, keeper, crew, store, opening.state is not None, stack)
+    return Parts(topology, coordinator, keeper, crew, opening.state is not None, stack)
 
 
 def _folder(state: Path | None, stack: contextlib.ExitStack) -> Path:

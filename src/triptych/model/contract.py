@@ -29,12 +29,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Pause:
-    """`step` of `steps` denoising steps have ended, and another is about to begin. `take` gives what the loop carries
+    """`step` denoising steps have ended, and another is about to begin. `take` gives what the loop carries
     into it, as plain data that belongs to the caller; None where the loop holds what plain data cannot say. Only while
     `TaskInputs.keep` lasts."""
 
     step: int
-    steps: int
     take: Callable[[], dict[str, Any] | None]
 
 

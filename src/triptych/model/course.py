@@ -169,7 +169,7 @@ class Course:
         """
         if self._point is None:
             if self._keep is not None and done < total:
-                self._keep(Pause(done, total, lambda: self._take(done, total, parts, known_only)))
+                self._keep(Pause(done, lambda: self._take(done, total, parts, known_only)))
         elif done == self._point["step"]:
             self._put_back(self._point, total, parts, known_only)
             self._point = None

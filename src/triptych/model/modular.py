@@ -29,7 +29,7 @@ from triptych.model.course import Course
 from triptych.model.declared import GENERATOR_STATE, OUTPUT_COUNTS
 from triptych.model.families import Family, resolve_family
 from triptych.model.load import Components, Placement, meta_component
-from triptych.model.replay import overridden
+from triptych.model.replay import change_tensors, overridden
 from triptych.model.schedulers import is_flow, own_copies
 from triptych.model.topology import StageTopology, Topology
 
@@ -364,8 +364,8 @@ class _Mark(ModularPipelineBlocks):
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         values = {port.name: state.get(port.name) for port in self.stage.outputs}
-        kept = {name: crossing(name, copied(value)) for name, value in values.items() if value is not None}
-        components.triptych_marked[self.stage.name] = kept
+        kept = {name: crossing(name, value) for name, value in values.items() if value is not None}
+        components.triptych_marked[self.stage.name] = change_tensors(kept, torch.clone)
         return components, state
 
 
@@ -412,13 +412,6 @@ def repeated(fields: dict[str, Any]) -> dict[str, Any]:
             texts = texts if isinstance(texts, list) else [texts]
             fields[name] = [text for text in texts for _ in range(count)]
     return fields
-
-
-def copied(value: Any) -> Any:
-    """The value with its tensors cloned, through lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    return [copied(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def crossing(name: str, value: Any) -> Any:

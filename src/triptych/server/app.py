@@ -18,10 +18,7 @@ from triptych.server.door import Door, JobView, ResultFile
 from triptych.server.errors import Draining, JobNotFound, NotDone, ResultGone, ResultNotFound, add_handlers
 from triptych.server.views import ErrorBody, Health, JobObject, job_object
 
-__all__ = ["MAX_BODY", "Front", "create_app"]
-
-MAX_BODY = 64 * 2**20
-"""Bytes of a body that are taken where nothing else is said."""
+__all__ = ["create_app"]
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 _SUFFIXES = {kind: ".jpg" if format == "jpeg" else f".{format}" for format, kind in MEDIA_TYPES.items()}
@@ -44,9 +41,9 @@ class Front:
     """about to stop: what runs ends well, and nothing new is taken"""
 
 
-def create_app(door: Door, *, version: str = "", max_body: int = MAX_BODY) -> FastAPI:
+def create_app(door: Door, *, version: str, max_body: int) -> FastAPI:
     """The application on an engine; it neither opens nor closes that. `max_body`: bytes of a request's body."""
-    app = FastAPI(title="Triptych", version=version or "0", redoc_url=None)
+    app = FastAPI(title="Triptych", version=version, redoc_url=None)
     app.state.front = Front(door, max_body)
     add_handlers(app)
     app.include_router(probe)

@@ -17,7 +17,7 @@ from triptych.errors import InvalidRequest
 from triptych.request import Request
 from triptych.server.errors import BodyTooLarge, WrongMediaType
 
-__all__ = ["JOB_BODY", "Submission", "parse_job", "read_body", "take_job"]
+__all__ = ["JOB_BODY", "Submission", "read_body", "take_job"]
 
 MAX_IMAGES = 16
 MAX_PRIORITY = 100
@@ -95,11 +95,7 @@ def _too_large(limit: int) -> BodyTooLarge:
 
 def take_job(data: bytes) -> Submission:
     """A job from its JSON. Raises InvalidRequest naming the first field that is wrong, MediaError for a picture."""
-    return parse_job(_fields(data))
-
-
-def parse_job(fields: dict[str, Any]) -> Submission:
-    """A job from its checked fields, pictures still as data URLs."""
+    fields = _fields(data)
     given = {name: value for name, value in fields.items() if name not in _JOB_ONLY}
     given["images"] = tuple(
         read_image(_picture(url, f"images[{index}]"), field=f"images[{index}]")
@@ -112,6 +108,7 @@ def parse_job(fields: dict[str, Any]) -> Submission:
 
 
 def _fields(data: bytes) -> dict[str, Any]:
+    """A job's checked fields, pictures still as data URLs."""
     try:
         # Stricter than pydantic's own: no NaN, no half of a surrogate pair, no number that is none when written back.
         msgspec.json.decode(data)

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 
 from triptych.errors import InvalidRequest
 
-__all__ = ["bind", "serve_app", "url_of"]
+__all__ = ["bind", "on_signals", "serve_app", "url_of"]
 
 _BACKLOG = 128
 _GRACE = 5
@@ -33,8 +33,9 @@ def bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         found = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise InvalidRequest.of("host", host, f"an address of this machine ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: what can be no host's name at all
+        reason = getattr(error, "strerror", None) or "no name of a host"
+        raise InvalidRequest.of("host", host, f"an address of this machine ({reason})") from None
     try:
         # Without this a server could not come back to its port while old connections to it die down.
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -56,6 +57,17 @@ def url_of(sock: socket.socket) -> str:
     address: tuple[str, int] = sock.getsockname()[:2]
     host, port = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0]), address[1]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextlib.contextmanager
+def on_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """SIGTERM and SIGINT are this handler's within the block, on the main thread."""
+    before = {number: signal.signal(number, handler) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 class _Server(uvicorn.Server):
@@ -101,20 +113,8 @@ class _Stop:
     def _exit(self) -> None:
         self._server.should_exit = True
 
-    @contextlib.contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """Signals are heard within the block, if it is the main thread's."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._heard) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _heard(self, number: int, frame: FrameType | None) -> None:
+    def heard(self, number: int, frame: FrameType | None) -> None:
+        """A signal's handler."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.ask)
 
@@ -144,7 +144,7 @@ async def _serve(
         drain()
 
     stop = _Stop(server, drain_behind_the_door, tell)
-    with stop.on_signals():
+    with on_signals(stop.heard):
         running = asyncio.create_task(server.serve(sockets=[sock]))
         while not (server.started or running.done()):
             await asyncio.sleep(0.01)

@@ -26,7 +26,7 @@ from triptych.model import (
     TaskOutputs,
     check_checkpoint,
 )
-from triptych.stage.arrivals import Head, check_head
+from triptych.stage.arrivals import check_head
 from triptych.stage.gather import Call, Gather, Parked, TaskGreenlet
 from triptych.stage.health import first_bad_weight, is_finite, peak_bytes, reset_peak
 from triptych.stage.protocol import (
@@ -44,7 +44,7 @@ from triptych.stage.protocol import (
     StageTask,
     StepDone,
 )
-from triptych.transfer import Payload
+from triptych.transfer import Header, Payload
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class GatherStage:
         self._gather = Gather(self.program.components)
         self._loaded = True
         size = sum(infos[name].bytes for name in names if name in infos)
-        return StageInfo(self.name, size, self._capacity, tuple(sorted(self._gather.stand_ins)))
+        return StageInfo(size, self._capacity)
 
     def admit(self, task: StageTask) -> Admitted | Full | Refused:
         """Takes a task if there is room and what it brings is what the topology declares."""
@@ -156,17 +156,14 @@ class GatherStage:
         checkpoint.check()
         check_checkpoint(checkpoint.values, self.program.topology.pipeline_class)
 
-    def expects(self, header: Head, limit: int | None = None) -> None:
-        """Checks the header of a task's input before its body is fetched. `limit`: bytes that the body may have.
+    def expects(self, header: Header) -> None:
+        """Checks the header of a task's input before its body is fetched. Raises WrongPayload for values that the
+        topology does not declare."""
+        check_head(header, {port.name for port in self.program.stage.inputs}, f"stage {self.name}")
 
-        Raises WrongPayload for values that the topology does not declare, or too large a body.
-        """
-        names = {port.name for port in self.program.stage.inputs}
-        check_head(header, names, f"stage {self.name}", limit)
-
-    def expects_checkpoint(self, header: Head, limit: int | None = None) -> None:
+    def expects_checkpoint(self, header: Header) -> None:
         """The same for a task's checkpoint."""
-        check_head(header, CHECKPOINT_VALUES, f"a checkpoint of stage {self.name}", limit)
+        check_head(header, CHECKPOINT_VALUES, f"a checkpoint of stage {self.name}")
 
     def _inputs(self, task: StageTask) -> TaskInputs:
         # On the CPU whatever the device, so that a seed means the same picture everywhere.

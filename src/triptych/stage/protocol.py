@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 
 from triptych.errors import TriptychError
-from triptych.model.topology import StageName
 from triptych.transfer import Payload
 
 JobId = str
@@ -30,10 +29,8 @@ class LoadProgress:
 class StageInfo:
     """A loaded stage: its weights' bytes, and how many tasks it takes at once."""
 
-    stage: StageName
     bytes: int
     capacity: int
-    components: tuple[str, ...]
 
 
 @dataclass

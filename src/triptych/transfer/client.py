@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import selectors
 import socket
 import struct
@@ -144,12 +145,16 @@ class DataClient:
         return self._new(peer[1]), False
 
     def _new(self, at: str) -> socket.socket:
+        # A new peer often stands for one that has died.
+        with self._lock:
+            dropped = self._hung_up()
+        for one in dropped:
+            one.close()
         return client_connection(at, self._settings.connect_seconds, self._settings.stall_seconds)
 
     def _keep(self, peer: tuple[str, str], connection: socket.socket) -> None:
         dropped = []
         with self._lock:
-            dropped += self._hung_up()
             if self._closed:
                 dropped.append(connection)
             else:
@@ -163,17 +168,15 @@ class DataClient:
     def _hung_up(self) -> list[socket.socket]:
         """Takes out the idle connections that their peers have closed, as the dead do: on others nothing comes."""
         with selectors.DefaultSelector() as selector:
-            for peer, many in self._idle.items():
-                for one in many:
-                    selector.register(one, selectors.EVENT_READ, peer)
-            closed = [key for key, _ in selector.select(0)]
-        found = []
-        for key in closed:
-            one = next(one for one in self._idle[key.data] if one is key.fileobj)
-            self._idle[key.data].remove(one)
-            found.append(one)
-        for peer in [peer for peer, many in self._idle.items() if not many]:
-            del self._idle[peer]
+            for one in itertools.chain.from_iterable(self._idle.values()):
+                selector.register(one, selectors.EVENT_READ)
+            closed = {key.fileobj for key, _ in selector.select(0)}
+        found: list[socket.socket] = []
+        for peer, many in list(self._idle.items()):
+            found += (one for one in many if one in closed)
+            many[:] = (one for one in many if one not in closed)
+            if not many:
+                del self._idle[peer]
         return found
 
     @property

@@ -59,18 +59,21 @@ def boot_id() -> str:
 def own_folder(folder: Path | None) -> tuple[Path, bool]:
     """A folder of mode 0700 for sockets, and whether it was made here. Sockets that dead processes left are removed.
 
-    Raises Unsupported for one that others can enter or whose path is too long for a socket.
+    Raises Unsupported for one that cannot be made, that others can enter or whose path is too long for a socket.
     """
     if folder is None:
         _sweep_temporary()
         return Path(tempfile.mkdtemp(prefix=_NAME)), True
-    made = not folder.exists()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    about = folder.lstat()
-    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
-        raise Unsupported(f"{folder} must be a folder of this user's with mode 0700", field="folder")
     if len(os.fsencode(folder)) > _MAX_PATH - 24:
         raise Unsupported(f"{folder} is too long for a socket's path; at most {_MAX_PATH - 24} bytes", field="folder")
+    try:
+        made = not folder.exists()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.lstat()
+    except OSError as error:
+        raise Unsupported(f"{folder} cannot be a folder ({error.strerror})", field="folder") from None
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
+        raise Unsupported(f"{folder} must be a folder of this user's with mode 0700", field="folder")
     _sweep(folder)
     return folder, made
 
@@ -87,11 +90,8 @@ def _sweep_temporary() -> None:
 
 def _sweep(folder: Path) -> None:
     for path in folder.glob(f"*{_SOCKET}"):
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(1.0)
-            try:
-                probe.connect(str(path))
-            except ConnectionRefusedError:
+        if not _is_served(str(path)):
+            with contextlib.suppress(OSError):
                 path.unlink()
 
 
@@ -102,14 +102,19 @@ def peer_uid(connection: socket.socket) -> int:
 
 
 class SegmentServer:
-    """Hands out read-only descriptors of a pool's segments to processes of the same user."""
+    """Hands out read-only descriptors of a pool's segments to processes of the same user. Raises Unsupported for a
+    folder that no socket can be in."""
 
     def __init__(self, pool: Pool, folder: Path, owner: str) -> None:
         self._pool = pool
         self.path = folder / f"{owner}{_SOCKET}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         fresh = self.path.with_suffix(".new")
-        self._socket.bind(str(fresh))
+        try:
+            self._socket.bind(str(fresh))
+        except OSError as error:
+            self._socket.close()
+            raise Unsupported(f"no socket can be in {folder} ({error.strerror or error})", field="folder") from None
         self._socket.listen(64)
         self._closed = False
         fresh.rename(self.path)  # only now: a sweep takes a socket that refuses for a dead one
@@ -177,6 +182,10 @@ class View:
     address: int
     lent: list[tuple[int, int]] = field(default_factory=list)
 
+    def is_lent(self, start: int, size: int) -> bool:
+        """Whether a consumer holds any of it."""
+        return any(begin < start + size and start < end for begin, end in self.lent)
+
 
 @dataclass(eq=False, slots=True)
 class Borrowed:
@@ -205,7 +214,7 @@ class SegmentReader:
         view = self._view(owner, index, ask)
         _require_inside(view, start, size)
         with self._lock:
-            if all(end <= start or start + size <= begin for begin, end in view.lent):
+            if not view.is_lent(start, size):
                 view.lent.append((start, start + size))
                 return Borrowed(view, start, view.bytes[start : start + size], True)
         # Another consumer here holds the range and may have written into it: map it anew.
@@ -253,10 +262,7 @@ class SegmentReader:
         view = self._view(owner, index, ask)
         _require_inside(view, start, size)
         with self._lock:
-            for begin, end in view.lent:
-                if start < end and begin < start + size:
-                    return None
-            return bytearray(view.bytes.data[start : start + used])
+            return None if view.is_lent(start, size) else bytearray(view.bytes.data[start : start + used])
 
     def give_back(self, borrowed: Borrowed) -> None:
         """The consumer is done: what it wrote there is dropped."""

@@ -241,7 +241,7 @@ def decode_header(header: bytes | memoryview) -> Header:
     """
     try:
         decoded = msgspec.msgpack.decode(header, type=Header)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise WrongPayload(f"unreadable header ({error})") from None
     if decoded.schema != SCHEMA:
         raise WrongPayload(f"schema {decoded.schema}, this side speaks {SCHEMA}")
@@ -284,7 +284,6 @@ def fill_payload(header: Header, body: memoryview) -> Payload:
 
 def _filled(values: Any, tensors: Sequence[Any]) -> dict[str, Any]:
     """A header's values with these in the tensors' places."""
-
     try:
         if not all(isinstance(name, str) for name in values):
             raise WrongPayload("values without names")

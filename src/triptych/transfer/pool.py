@@ -1,7 +1,7 @@
 """Pooled memory for payloads: pre-faulted segments that grow up to a budget, and slots in them.
 
-A slot in a segment that others map begins with a page that says what lies in it. Its generation is written last and
-wiped first, so that whoever reads a slot that has been given to another payload notices.
+A slot in a segment that others map begins with a label that says what lies in it. Its generation is wiped before the
+slot is given to another payload, so that whoever still reads there notices.
 """
 
 from __future__ import annotations
@@ -188,8 +188,12 @@ class Pool:
         segment = make_segment(self._count, size, shared=self._shared)
         self._count += 1
         self._segments[segment.index] = segment
-        if self._made is not None:
-            self._made(segment)
+        try:
+            if self._made is not None:
+                self._made(segment)
+        except BaseException:
+            self._drop(segment)
+            raise
         return segment
 
     def free(self, slot: Slot) -> None:

@@ -29,13 +29,10 @@ from triptych.transfer.wire import (
     Next,
     join_address,
     receive_message,
-    send_message,
     send_view,
     server_context,
     tune,
 )
-
-__all__ = ["DataServer", "send_message"]
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +120,7 @@ class DataServer:
                 connection.settimeout(IDLE_SECONDS)
                 with self._lock:
                     self._idle[connection] = None
-        except (BadTicket, msgspec.DecodeError, msgspec.ValidationError):
+        except (BadTicket, msgspec.DecodeError):
             self._told.refused()
         except OSError:
             pass  # the peer left or stalled; it knows, and its ticket is used up

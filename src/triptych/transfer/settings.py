@@ -19,6 +19,8 @@ ROUTES: tuple[Route, ...] = ("reference", "memfd", "mooncake", "tcp")
 
 MooncakeProtocol = Literal["tcp", "rdma"]
 MIB = 2**20
+MAX_SECONDS = 10**6
+"""a socket takes no time limit of more than 2**31 milliseconds"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class TransferSettings:
         for name in ("pool_bytes", "budget_bytes", "credits", "credit_bytes", "max_connections"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in ("connect_seconds", "stall_seconds", "reserve_seconds"):
-            self._require(name, 0 < getattr(self, name) < float("inf"), "seconds above 0")
+            self._require(name, 0 < getattr(self, name) <= MAX_SECONDS, f"seconds above 0, at most {MAX_SECONDS}")
         self._require("budget_bytes", self.budget_bytes >= self.pool_bytes, f"pool_bytes ({self.pool_bytes}) or more")
         total = psutil.virtual_memory().total
         self._require("budget_bytes", self.budget_bytes <= total, f"at most the machine's memory ({total})")
@@ -85,6 +87,8 @@ class TransferSettings:
     def _check_host(self) -> None:
         if self.advertise is None:
             self._require("host", not is_any(self.host), "an address of this machine, or give `advertise` too")
+        else:
+            self._require("advertise", not is_any(self.advertise), "an address at which others reach this machine")
 
     def _require(self, name: str, good: bool, allowed: str) -> None:
         if not good:

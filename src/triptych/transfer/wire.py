@@ -26,7 +26,6 @@ PUT, NOT_PUT, LATE = 0, 1, 2
 ANSWER = struct.Struct("<4sBIQ")
 """a magic, GOOD or LOST, the bytes of the header that follows and of the body"""
 MAGIC = b"3ptc"
-SOCKET_BUFFER = 4 * 2**20
 _LENGTH = struct.Struct("<H")
 _ENCODER = msgspec.msgpack.Encoder()
 _Message = TypeVar("_Message")
@@ -106,7 +105,7 @@ def send_view(connection: socket.socket, view: memoryview) -> None:
 
 
 def tune(connection: socket.socket, timeout: float) -> None:
-    """Small messages at once, large bodies in large pieces, nothing for ever."""
+    """Small messages at once, nothing for ever."""
     connection.settimeout(timeout)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -116,7 +115,7 @@ def split_address(at: str) -> tuple[str, int, str]:
     Unreachable for anything else."""
     where, _, fingerprint = at.partition("#")
     host, _, port = where.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise Unreachable(f"{at!r} is no address")
     return host.strip("[]"), int(port), fingerprint
 
@@ -163,10 +162,10 @@ def client_connection(at: str, connect_seconds: float, stall_seconds: float) -> 
     host, port, fingerprint = split_address(at)
     try:
         connection = socket.create_connection((host, port), timeout=connect_seconds)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one
         raise Unreachable(f"{host}:{port} does not answer ({error})") from None
     try:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tune(connection, connect_seconds)
         if fingerprint:
             connection = _pinned(connection, fingerprint, f"{host}:{port}")
         connection.settimeout(stall_seconds)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from triptych.worker.process import StageProcess
     from triptych.worker.replay import keep_task, read_payload, replay_task, write_payload
     from triptych.worker.settings import WorkerSettings
-    from triptych.worker.stages import build_stage
+    from triptych.worker.stages import build_stage, run_alone
     from triptych.worker.uplink import ZmqUplink
     from triptych.worker.wire import StageSpec
     from triptych.worker.worker import Worker
@@ -25,7 +25,7 @@ _FILES = {
     "process": ("StageProcess",),
     "replay": ("keep_task", "read_payload", "replay_task", "write_payload"),
     "settings": ("WorkerSettings",),
-    "stages": ("build_stage",),
+    "stages": ("build_stage", "run_alone"),
     "uplink": ("ZmqUplink",),
     "wire": ("StageSpec",),
     "worker": ("Worker",),
@@ -48,6 +48,7 @@ __all__ = [
     "open_for",
     "read_payload",
     "replay_task",
+    "run_alone",
     "worker_main",
     "write_payload",
 ]

@@ -12,9 +12,9 @@ from triptych.device import pick_device, pick_dtype
 from triptych.errors import StageFailed, TriptychError, Unsupported
 from triptych.model import Components, Placement, describe, open_model
 from triptych.noise import hush
-from triptych.stage import Failed, GatherStage, Output, Refused, StageTask, StepDone
+from triptych.stage import GatherStage, StageTask
 from triptych.worker import wire
-from triptych.worker.stages import build_stage
+from triptych.worker.stages import build_stage, run_alone
 from triptych.worker.wire import StageSpec
 
 
@@ -33,18 +33,8 @@ def open_stage(spec: StageSpec) -> GatherStage:
 
 def run_task(connection: socket.socket, stage: GatherStage, task: StageTask) -> None:
     """Drives the stage until the task is done, and reports. Raises what the task failed with."""
-    admitted = stage.admit(task)
-    if isinstance(admitted, Refused):
-        raise admitted.error
-    while True:
-        for event in stage.step():
-            if isinstance(event, Failed):
-                raise event.error
-            if isinstance(event, StepDone):
-                wire.send(connection, wire.Stepped(event.step, event.steps, event.seconds))
-            if isinstance(event, Output):
-                wire.send(connection, wire.Done(event.seconds, event.steps, event.peak_bytes), event.payload)
-                return
+    made = run_alone(stage, task, lambda done: wire.send(connection, wire.Stepped(done.step, done.steps, done.seconds)))
+    wire.send(connection, wire.Done(made.seconds, made.steps, made.peak_bytes), made.payload)
 
 
 @torch.no_grad()

@@ -11,12 +11,13 @@ import torch
 from triptych.errors import InvalidRequest, WrongPayload
 from triptych.messages import Task
 from triptych.request import StageName
-from triptych.stage import Failed, Output, Refused, Stage, StageTask
+from triptych.stage import Output
 from triptych.transfer import Payload, payload_of, payload_parts
 from triptych.worker.inputs import pictures_of, stage_task
 from triptych.worker.opening import open_for
 from triptych.worker.outputs import as_files
 from triptych.worker.settings import WorkerSettings
+from triptych.worker.stages import run_alone
 
 __all__ = ["keep_task", "read_payload", "replay_task", "write_payload"]
 
@@ -75,19 +76,7 @@ def replay_task(folder: Path, settings: WorkerSettings, stage: StageName | None 
     runner = opened.stages[task.stage]
     runner.load(lambda _: None)
     try:
-        made = _run(runner, own)
+        made = run_alone(runner, own)
     finally:
         runner.close()
     return made if task.encoding is None else replace(made, payload=as_files(made.payload, task.encoding))
-
-
-def _run(stage: Stage, task: StageTask) -> Output:
-    answer = stage.admit(task)
-    if isinstance(answer, Refused):
-        raise answer.error
-    while True:
-        for event in stage.step():
-            if isinstance(event, Failed):
-                raise event.error
-            if isinstance(event, Output):
-                return event

@@ -180,6 +180,7 @@ class ZmqUplink:
                 dealer.curve_publickey = self._keys.public.encode()
                 dealer.curve_secretkey = self._keys.secret.encode()
                 dealer.curve_serverkey = self._keys.server.encode()
+            _check_port(self._endpoint)
             dealer.connect(self._endpoint)
         except (zmq.ZMQError, ValueError) as error:
             _hang_up(dealer, monitor)
@@ -346,6 +347,13 @@ class ZmqUplink:
         self._woken.close()
         self._wake.close()
         self._context.term()
+
+
+def _check_port(endpoint: str) -> None:
+    """Raises ValueError for a TCP port that there cannot be: ZeroMQ takes the rest of its division by 65536."""
+    port = endpoint.rpartition(":")[2]
+    if endpoint.startswith("tcp:") and not (port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise ValueError("its port is none of 1 to 65535")
 
 
 def _configure(dealer: zmq.Socket[bytes], incarnation: str) -> None:

@@ -352,7 +352,7 @@ def _modules(opened: Opened) -> list[torch.nn.Module]:
 
 
 def _refused(message: Refused) -> Unsupported:
-    return Unsupported(f"the coordinator refuses this worker: {message.reason}", field="worker")
+    return Unsupported(f"this worker cannot join: {message.reason}", field="worker")
 
 
 def _version(library: str) -> str | None:
