@@ -1,8 +1,9 @@
 """What it costs to be split, and what a split keeps of its slowest stage: per request, and with many in flight.
 
-Latency: requests through a fused and a split Engine in turns, medians. Throughput: so many in flight through worker
-processes, beside the slowest stage driven alone, back to back, by the same number of threads on the same processors;
-both in turns, the median of the turns' ratios. Once with stages that only wait, and with real ones.
+Latency: requests through a fused and a split Engine in turns, and through the stages alone, each in a process of its
+own, one after another, with nothing handed over. Throughput: so many in flight through worker processes, beside the
+slowest stage driven alone, back to back, by the same number of threads on the same processors; both in turns, the
+median of the turns' ratios. Once with stages that only wait, and with real ones.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from benchmarks.stage_alone import StageAlone  # noqa: E402
 from triptych import Engine, Request, Result  # noqa: E402
 from triptych.config import Layout, WorkerPlan  # noqa: E402
 
+STAGES = ("encode", "denoise", "decode")
+TURNS, IN_A_TURN = 9, 4
 LATENCY_LIMIT, WAITING_LIMIT, REAL_LIMIT = 4.0, 0.97, 0.9
 WAITS = (0.010, 0.050, 0.010)
 CLIENTS = 8
@@ -112,30 +115,50 @@ def asking(engine: Engine, fields: dict[str, Any]) -> Callable[[], Result]:
     return lambda: engine.generate(Request.parse(**fields))
 
 
-def latency_rows(case: Case, count: int) -> list[Row]:
-    """A fused and a split engine in turns."""
+def latency_rows(case: Case, openings: int) -> list[Row]:
+    """A fused and a split engine and bare processes in turns, opened anew a few times: where its weights lie makes a
+    process faster or slower for its life."""
+    taken: dict[str, list[float]] = {}
+    equal = True
+    for _ in range(openings):
+        equal &= _take_turns(case, taken)
+    middle = {name: 1000 * statistics.median(seconds) for name, seconds in taken.items()}
+    beyond = {
+        name: 1000 * statistics.median(map(operator.sub, taken["split"], seconds)) for name, seconds in taken.items()
+    }
+    what, more = f"{case.name}, {case.few} steps", "a request split takes more than"
+    return [
+        Row(f"{case.name}: pictures of split and fused", "equal" if equal else "differ", "bit for bit", equal),
+        Row.at_most(f"{what}: {more} fused", beyond["fused"], LATENCY_LIMIT, "ms", 2),
+        Row(f"{what}: {more} its stages in three bare processes", f"{beyond['bare']:.2f} ms"),
+        Row(f"{what}: a request", ", ".join(f"{name} {ms:.1f} ms" for name, ms in middle.items())),
+    ]
+
+
+def _take_turns(case: Case, taken: dict[str, list[float]]) -> bool:
+    """Adds the median of each turn's requests, by contender. The first of a turn finds others' data in the caches, and
+    does not count. Whether fused and split give equal pictures."""
     fields = case.request(case.few)
     with contextlib.ExitStack() as stack:
         layouts = {"fused": Layout.fused().overridden(threads=1), "split": Layout.split().overridden(threads=1)}
-        runs = {
+        engines = {
             name: asking(stack.enter_context(Engine.open(case.folder, layout=layout, device="cpu")), fields)
             for name, layout in layouts.items()
         }
-        made = {name: run() for name, run in runs.items()}
-        equal = bool((pictures_in(made["fused"]) == pictures_in(made["split"])).all())
-        taken: dict[str, list[float]] = {name: [] for name in runs}
-        for number in range(count):
-            for name in runs if number % 2 else reversed(runs):
-                taken[name].append(seconds_of(runs[name]))
-    middle = {name: 1000 * statistics.median(seconds) for name, seconds in taken.items()}
-    lower = {name: 1000 * statistics.quantiles(seconds, n=4)[0] for name, seconds in taken.items()}
-    what, more = f"{case.name}, {case.few} steps", "a request split takes more than fused"
-    return [
-        Row(f"{case.name}: pictures of split and fused", "equal" if equal else "differ", "bit for bit", equal),
-        Row.at_most(f"{what}: {more}, median", middle["split"] - middle["fused"], LATENCY_LIMIT, "ms", 2),
-        Row(f"{what}: {more}, lower quartile", f"{lower['split'] - lower['fused']:.2f} ms"),
-        Row(f"{what}: a request, median", ", ".join(f"{name} {ms:.1f} ms" for name, ms in middle.items())),
-    ]
+        made = {name: run() for name, run in engines.items()}
+        alone = [stack.enter_context(StageAlone(case.folder, stage, fields, ())) for stage in STAGES]
+
+        def one_after_another() -> None:
+            for process in alone:
+                process.rate(1)
+
+        runs: list[tuple[str, Callable[[], object]]] = [*engines.items(), ("bare", one_after_another)]
+        for number in range(TURNS):
+            for name, run in runs[number % len(runs) :] + runs[: number % len(runs)]:
+                run()
+                turn = [seconds_of(run) for _ in range(IN_A_TURN)]
+                taken.setdefault(name, []).append(statistics.median(turn))
+    return bool((pictures_in(made["fused"]) == pictures_in(made["split"])).all())
 
 
 def throughput_rows(case: Case, rounds: int, count: int) -> list[Row]:
@@ -178,7 +201,7 @@ def rows(options: argparse.Namespace) -> Iterator[Row]:
     for case in cases():
         if case.name.startswith(wanted):
             if "latency" in options.parts:
-                yield from latency_rows(case, options.count)
+                yield from latency_rows(case, options.openings)
             if "throughput" in options.parts:
                 yield from throughput_rows(case, options.rounds, options.count)
 
@@ -187,6 +210,7 @@ def main() -> int:
     """Runs all of it; 1 if a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each throughput (default 5)")
+    parser.add_argument("--openings", type=int, default=5, help="of the engines whose latency is compared (default 5)")
     parser.add_argument("--count", type=int, default=60, help="requests per turn (default 60)")
     parser.add_argument("--parts", nargs="+", default=["latency", "throughput"], choices=["latency", "throughput"])
     parser.add_argument("--only", help="`waiting`, or the cases whose name begins with this")

@@ -55,10 +55,11 @@ def main(folder: str, wanted: str, fields: str, cpus: str) -> None:
     from triptych.model import resolve
     from triptych.stage import Stage, StageTask
     from triptych.worker import WorkerSettings, open_for, run_alone
-    from triptych.worker.opening import pin
+    from triptych.worker.opening import keep_memory, pin, settle
 
     settings = WorkerSettings(folder, device="cpu", threads=1, cpus=tuple(json.loads(cpus)))
     pin(settings)
+    keep_memory()
     opened = open_for(settings)
     resolved = resolve(opened.topology, Request.parse(**json.loads(fields)), None)
 
@@ -74,6 +75,7 @@ def main(folder: str, wanted: str, fields: str, cpus: str) -> None:
                 asked = stage, task
             payload = run_alone(stage, task).payload
         stage, task = cast(tuple[Stage, StageTask], asked)
+        settle()
         for line in sys.stdin:
             began = time.perf_counter()
             for _ in range(int(line)):

@@ -29,8 +29,8 @@ ARROWS: dict[str, set[str]] = {
     "check": {"engine"},
     "server": {"engine"},
     "engine": {"cluster", "worker", "config"},
-    "cluster": {"messages", "line"},
-    "worker": {"encode", "denoise", "decode", "line"},
+    "cluster": {"messages", "line", "sockets"},
+    "worker": {"encode", "denoise", "decode", "line", "sockets"},
     "encode": {"stage"},
     "denoise": {"stage"},
     "decode": {"stage"},
@@ -40,6 +40,7 @@ ARROWS: dict[str, set[str]] = {
     "config": {"messages"},
     "messages": {"request"},
     "line": set(),
+    "sockets": set(),
     "device": {"errors"},
     "request": {"errors"},
     "noise": set(),
@@ -47,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
 }
 """Who may import whom; what a room may import, those above it may too. `triptych` itself only re-exports."""
 
-TORCH_FREE = ("errors", "request", "messages", "line", "config", "cluster", "server")
+TORCH_FREE = ("errors", "request", "messages", "line", "sockets", "config", "cluster", "server")
 """Rooms none of whose modules may bring torch along."""
 
 TORCH_FREE_DOORS = (

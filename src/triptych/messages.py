@@ -256,6 +256,8 @@ class TaskDone(Message, frozen=True):
     fetched_by: Route | None = None
     resumed_at: int = 0
     """steps taken over from a checkpoint"""
+    last: Stepped | None = None
+    """its last unit, if that was not told before"""
 
 
 class Failed(Message, frozen=True):

@@ -148,6 +148,24 @@ def test_a_stage_without_a_worker_waits_or_fails_as_configured() -> None:
     assert waiting.outcome("a").state == "done"
 
 
+def test_the_release_of_little_is_told_with_the_next_message_or_tick() -> None:
+    cluster = ToyCluster()
+    encode, rest = cluster.worker("encode", credits=1), cluster.worker("denoise", "decode")
+    encode.size = rest.size = 1000
+    cluster.submit("a")
+    cluster.submit("b")
+    encode.done("a")
+    rest.done("a")
+    rest.done("a")
+    (old,) = encode.kept  # nothing was said to it since
+    encode.done("b")
+    cluster.submit("c")
+    assert len(encode.kept) == 1 and encode.told_of[-1] == Release(payloads=(old,))
+    cluster.finish()
+    cluster.coordinator.tick()
+    assert cluster.leaks() == []
+
+
 def test_cancel_reaches_the_worker_and_frees_everything() -> None:
     cluster = ToyCluster()
     encode, denoise = cluster.worker("encode"), cluster.worker("denoise", credits=1)

@@ -76,6 +76,8 @@ class ToyWorker:
     stages: tuple[StageName, ...]
     credits: int
     slot: str | None = None
+    size: int = 1 << 20
+    """bytes of what it publishes; the release of less is told with the next message"""
     alive: bool = True
     cut: bool = False
     """nothing it says is heard, and it hears nothing"""
@@ -153,7 +155,7 @@ class ToyWorker:
     def publish(self) -> Descriptor:
         payload = f"{self.owner}-{next(self.cluster.numbers)}"
         self.kept.add(payload)
-        return Descriptor(payload=payload, generation=1, head=10, body=1000, owner=self.owner, addresses=())
+        return Descriptor(payload=payload, generation=1, head=10, body=self.size, owner=self.owner, addresses=())
 
     def done(self, job: str, **more: Any) -> None:
         task = self.held.pop(job)

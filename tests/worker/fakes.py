@@ -60,6 +60,8 @@ class FakeCoordinator:
     def hear(self, incarnation: str, message: FromWorker) -> None:
         assert incarnation == self.hellos[-1].incarnation
         with self._changed:
+            if isinstance(message, TaskDone) and message.last is not None:
+                self.heard.append(message.last)
             self.heard.append(message)
             self._changed.notify_all()
 

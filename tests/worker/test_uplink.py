@@ -245,7 +245,7 @@ def test_what_may_wait_for_more_comes_in_order_and_without_more(
     with ZmqUplink(at, hello()) as uplink:
         for step in steps:
             uplink.send(step)
-        uplink.send(done("a"), more=True)
+        uplink.send(done("a"))
         wait_until(lambda: [message for _, message in coordinator.heard] == [*steps, done("a")])
 
 

@@ -45,10 +45,11 @@ class CancelAt:
 
 @dataclass(frozen=True, slots=True)
 class Let:
-    """Tell a worker that nobody needs a payload of its any more."""
+    """Tell a worker that nobody needs a payload of its any more. `bytes`: of its body, if known."""
 
     worker: str
     payload: str
+    bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -341,6 +341,8 @@ class Coordinator:
             self._trace.unit(live.worker.hello.name, message, live.unit_seconds, self._clock())
 
     def _done(self, worker: str, message: TaskDone) -> None:
+        if message.last is not None:
+            self._stepped(worker, message.last)
         if self._trace:
             live = self._scheduler.jobs.get(message.job)
             if live is not None and live.worker is not None and live.worker.id == worker:

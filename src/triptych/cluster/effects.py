@@ -49,6 +49,8 @@ __all__ = ["Effects", "outcome_of"]
 
 logger = logging.getLogger(__name__)
 
+MUCH = 1 << 20
+"""Bytes whose release is told at once."""
 FINAL = ("unhealthy", "superseded")
 """Kinds of dismissal after which a worker may not come back: two of one slot would oust each other for ever."""
 
@@ -80,12 +82,14 @@ class Effects:
         self._answer, self._changed = answer, changed
         self._trace, self._dismissed, self._failed, self._gone, self._clock = trace, dismissed, failed, gone, clock
         self._absent = Absentees()
+        self._released: dict[str, list[str]] = {}
+        """by worker, what is told with the next message"""
         self._to_do: deque[Action] = deque()
         self._performing = False
         self._perform_one: dict[type, Callable[..., None]] = {
             Assign: self._run,
             CancelAt: lambda action: self.send(action.worker, Cancel(job=action.job)),
-            Let: lambda action: self.send(action.worker, Release(payloads=(action.payload,))),
+            Let: self._let,
             Ask: lambda action: self.send(action.worker, Prove()),
             GiveMap: lambda action: self.send(action.worker, SetPreview(preview=action.preview)),
             Dismiss: self._dismiss,
@@ -117,6 +121,8 @@ class Effects:
         """Says something to a worker, if it is in."""
         if link := self.links.get(worker):
             link.send(message)
+            if worker in self._released:
+                self._tell_released(worker)
 
     def hang_up(self, last: ToWorker | None) -> None:
         """Ends every line, with a last message if there is one."""
@@ -125,6 +131,7 @@ class Effects:
                 link.send(last)
             link.close()
         self.links.clear()
+        self._released.clear()
 
     def save_again(self) -> None:
         """Offers the store once more what it did not take."""
@@ -181,6 +188,16 @@ class Effects:
         owner = self._scheduler.fleet.owner(descriptor.owner)
         return ticket_for(descriptor, owner.hello.secret) if owner else Ticket(descriptor=descriptor)
 
+    def _let(self, action: Let) -> None:
+        """At once only where much memory may be waited for: each message takes its worker's time from the next task."""
+        if action.worker in self.links:
+            self._released.setdefault(action.worker, []).append(action.payload)
+            if action.bytes is None or action.bytes >= MUCH:
+                self._tell_released(action.worker)
+
+    def _tell_released(self, worker: str) -> None:
+        self.links[worker].send(Release(payloads=tuple(self._released.pop(worker))))
+
     def _fetch(self, action: Fetch) -> None:
         answer = partial(self._answer, action.job, action.what, action.number)
         try:
@@ -190,6 +207,7 @@ class Effects:
 
     def _dismiss(self, action: Dismiss) -> None:
         hello, link = action.hello, self.links.pop(action.worker, None)
+        self._released.pop(action.worker, None)
         if link is not None:
             if action.kind != "left":
                 logger.warning("worker %s is out, %s: %s", hello.name, action.kind, action.reason)
@@ -215,7 +233,9 @@ class Effects:
             self._peer_gone(owner)
 
     def look(self) -> None:
-        """Gives up those that have been away too long."""
+        """Tells what was put off, and gives up those that have been away too long."""
+        for worker in list(self._released):
+            self._tell_released(worker)
         for owner in self._absent.overdue(self._clock()):
             self._peer_gone(owner)
 

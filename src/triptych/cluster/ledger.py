@@ -58,7 +58,7 @@ class Ledger:
     def release(self, descriptor: Descriptor | None) -> None:
         """Nobody needs a payload any more. An absent owner learns that when it is back and says what it keeps."""
         if descriptor is not None and (member := self._fleet.owner(descriptor.owner)):
-            self._out.append(Let(member.id, descriptor.payload))
+            self._out.append(Let(member.id, descriptor.payload, descriptor.body))
 
     def needed(self) -> set[str]:
         """Payloads that the keeper is fetching."""

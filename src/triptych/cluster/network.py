@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import threading
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from triptych.cluster.keys import AllowList, ServerKeys
 from triptych.cluster.zap import Gate
 from triptych.line import MAX_MESSAGE, MAX_QUEUED, BadFrame, Line, aside, first_body
 from triptych.messages import PROTOCOL, FromWorker, Hello, Refused, ToWorker, decode_from_worker, encode, protocol_of
+from triptych.sockets import SharedSockets
 
 __all__ = ["Listener"]
 
@@ -99,9 +99,7 @@ class Listener:
         self._links: dict[str, NetworkLink] = {}
         self._lock = threading.Lock()
         self._outgoing: deque[tuple[NetworkLink, bytes | None]] = deque()
-        self._woken, self._wake = socket.socketpair()
-        for end in (self._woken, self._wake):
-            end.setblocking(False)
+        self._shared = SharedSockets()
         self._open = True
         self._last = self._due = 0.0
         try:
@@ -110,6 +108,7 @@ class Listener:
         except BaseException:
             self._close_sockets()
             raise
+        self._shared.watch([door.socket for door in self._doors] + ([self._gate.socket] if self._gate else []))
         self._thread = threading.Thread(target=self._run, name="triptych-listener", daemon=True)
         self._thread.start()
 
@@ -121,7 +120,7 @@ class Listener:
     def close(self) -> None:
         """Sends what is queued, hangs up and stops listening. Closing twice is fine."""
         self._open = False
-        self._ring()
+        self._shared.ring()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -132,25 +131,23 @@ class Listener:
         self.close()
 
     def _run(self) -> None:
-        poller = zmq.Poller()
-        sockets = [door.socket for door in self._doors] + ([self._gate.socket] if self._gate else [])
-        for source in [*sockets, self._woken.fileno()]:
-            poller.register(source, zmq.POLLIN)
         self._last = time.monotonic()
         self._due = self._last + self._tick_seconds
         try:
             while self._open:
                 try:
-                    self._turn(poller)
+                    self._shared.wait(self._due - time.monotonic())
+                    with self._shared.turn():
+                        self._turn()
                 except Exception:  # nobody would be heard any more, and no clock be driven
                     _log.exception("the listener stumbled")
                     time.sleep(STUMBLED_SECONDS)
-            self._flush()
         finally:
-            self._close_sockets()
+            with self._shared.turn():
+                self._flush()
+                self._close_sockets()
 
-    def _turn(self, poller: zmq.Poller) -> None:
-        poller.poll(int(max(0.0, self._due - time.monotonic()) * 1000) + 1)
+    def _turn(self) -> None:
         if self._gate is not None:
             self._gate.answer()
         for door in self._doors:
@@ -248,21 +245,29 @@ class Listener:
             link.waiting += 1
             link.waiting_bytes += len(body or b"")
             self._outgoing.append((link, body))
-        self._ring()
+        self._shared.attempt(self._flush_messages)
 
-    def _ring(self) -> None:
-        with contextlib.suppress(OSError):  # full: it will wake anyway; closed: nothing is left to wake
-            self._wake.send(b"\0")
+    def _flush_messages(self) -> None:
+        """On any thread, which may be within the coordinator: what would have to be told to that is left alone."""
+        while self._outgoing:
+            link, body = self._outgoing[0]
+            if body is None or link.broken or link.closed:
+                self._shared.ring()
+                return
+            self._take_up()
+            self._put(link, link.line.send(body))
+
+    def _take_up(self) -> tuple[NetworkLink, bytes | None]:
+        """The oldest message. Needs the turn."""
+        with self._lock:
+            link, body = self._outgoing.popleft()
+            link.waiting -= 1
+            link.waiting_bytes -= len(body or b"")
+        return link, body
 
     def _flush(self) -> None:
-        with contextlib.suppress(OSError):
-            while self._woken.recv(4096):
-                pass
         while self._outgoing:
-            with self._lock:
-                link, body = self._outgoing.popleft()
-                link.waiting -= 1
-                link.waiting_bytes -= len(body or b"")
+            link, body = self._take_up()
             if link.closed:
                 continue
             if link.broken:
@@ -295,8 +300,7 @@ class Listener:
         self._open = False
         for closing in [*self._doors, *([self._gate] if self._gate else [])]:
             closing.close()
-        self._woken.close()
-        self._wake.close()
+        self._shared.close()
         self._context.term()
         for door in self._doors:
             door.release()

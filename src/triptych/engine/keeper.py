@@ -34,6 +34,10 @@ Done = Callable[[Kept | Exception], None]
 class Shelf(Protocol):
     """Where kept payloads lie, by job and name."""
 
+    def is_memory(self, name: str) -> bool:
+        """Whether putting a payload of that name takes but a moment."""
+        ...
+
     def put(self, job: str, name: str, payload: Payload) -> int:
         """Keeps a payload, in place of an older one of that name; returns its bytes."""
         ...
@@ -60,6 +64,10 @@ class Memory:
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[str, Payload]] = {}
+
+    def is_memory(self, name: str) -> bool:
+        """All is."""
+        return True
 
     def put(self, job: str, name: str, payload: Payload) -> int:
         """Keeps the payload itself."""
@@ -95,6 +103,10 @@ class Folder:
         self.artifacts = artifacts
         self._lasting = lasting
         self._pixels: dict[str, Payload] = {}
+
+    def is_memory(self, name: str) -> bool:
+        """A result is that its caller takes at once."""
+        return name == "result" and not self._lasting
 
     def put(self, job: str, name: str, payload: Payload) -> int:
         """Writes the payload's files, or the payload."""
@@ -155,8 +167,8 @@ def _own(value: Any) -> Any:
 
 
 class PayloadKeeper:
-    """The coordinator's Keeper over an exchange and a shelf. In-process references are kept at once, the rest is
-    fetched on threads of its own."""
+    """The coordinator's Keeper over an exchange and a shelf. What is near and stays in memory is kept at once, the rest
+    on threads of its own."""
 
     def __init__(self, exchange: Exchange, shelf: Shelf) -> None:
         self._exchange = exchange
@@ -177,7 +189,7 @@ class PayloadKeeper:
 
     def keep(self, job: str, what: str, descriptor: Descriptor, secret: bytes, done: Done) -> None:
         """Fetches a payload and keeps it; see `cluster.Keeper`."""
-        if descriptor.owner == self._exchange.owner:
+        if self._exchange.is_near(descriptor) and self._shelf.is_memory(what):
             self._keep(job, what, descriptor, secret, done)
             return
         with contextlib.suppress(RuntimeError):  # closing: nobody waits any more

@@ -19,7 +19,7 @@ from triptych.messages import Address, Descriptor, Route, Ticket
 from triptych.transfer.arrival import Arrival, Check, Fetched
 from triptych.transfer.client import DataClient, Session
 from triptych.transfer.counts import Counts, Credits, ExchangeStats
-from triptych.transfer.local import SegmentReader, Segments, SegmentServer, boot_id, own_folder
+from triptych.transfer.local import SegmentReader, Segments, SegmentServer, boot_id, own_folder, place_of
 from triptych.transfer.mooncake import Mooncake
 from triptych.transfer.neighbours import Neighbour, Neighbours
 from triptych.transfer.payload import Payload, draft_payload
@@ -30,6 +30,8 @@ from triptych.transfer.shelf import Kept, Shelf
 from triptych.transfer.wire import LATE, Next, Unreachable
 from triptych.transfer.writing import HEAD_START, body_start, commit
 
+NEAR = 2**20
+"""A body of at most so many bytes is sooner fetched than another thread is told to."""
 COPIED = 2**15
 """A body of at most so many bytes is copied sooner than its pages are watched."""
 Landed = tuple[Payload, Route, Callable[[], None]]
@@ -155,6 +157,17 @@ class Exchange:
         self._counts.on_received(route, descriptor.body)
         return Fetched(payload, route, time.perf_counter() - began, descriptor.body, self._closing(give_back))
 
+    def is_near(self, descriptor: Descriptor) -> bool:
+        """Whether fetching takes but a moment: it is this exchange's own, or not large and in memory that is mapped."""
+        if descriptor.owner == self.owner:
+            return True
+        if self._reader is None or descriptor.body > NEAR:
+            return False
+        return any(
+            address.route == "memfd" and self._leads_there(address) and self._reader.knows(descriptor.owner, address.at)
+            for address in descriptor.addresses
+        )
+
     def _closing(self, give_back: Callable[[], None]) -> Callable[[], None]:
         def close() -> None:
             give_back()
@@ -225,14 +238,9 @@ class Exchange:
             return payload, "reference", give_back
 
     def _by_memfd(self, at: str, arrival: Arrival) -> Landed:
-        where, _, place = at.partition("#")
-        path = where.partition(":")[2]
         reader = self._reader
         assert reader is not None, "the memfd route is open only with a reader"
-        try:
-            index, start, size = map(int, place.split(":"))
-        except ValueError:
-            raise Unreachable(f"{place!r} is no place in a pool") from None
+        path, index, start, size = place_of(at)
         payload, give_back = self._read(arrival, reader, (index, start, size), lambda index: reader.ask(path, index))
         return payload, "memfd", give_back
 

@@ -221,6 +221,12 @@ class SegmentReader:
         memory = _mapped(view.file.fd, size, start)
         return Borrowed(view, start, np.frombuffer(memory, dtype=np.uint8), False)
 
+    def knows(self, owner: str, at: str) -> bool:
+        """Whether the segment at a place is mapped already."""
+        with contextlib.suppress(Unreachable), self._lock:
+            return place_of(at)[1] in self._peers.get(owner, {})
+        return False
+
     def _view(self, owner: str, index: int, ask: Callable[[int], Segments]) -> View:
         with self._lock:
             view = self._peers.get(owner, {}).get(index)
@@ -325,6 +331,17 @@ def _is_served(path: str) -> bool:
         except (ConnectionRefusedError, FileNotFoundError):
             return False
     return True
+
+
+def place_of(at: str) -> tuple[str, int, int, int]:
+    """The socket's path, the segment's index, and where in it a payload lies: its start and size. Raises
+    Unreachable."""
+    where, _, place = at.rpartition("#")
+    try:
+        index, start, size = map(int, place.split(":"))
+    except ValueError:
+        raise Unreachable(f"{place!r} is no place in a pool") from None
+    return where.partition(":")[2], index, start, size
 
 
 def _require_inside(view: View, start: int, size: int) -> None:

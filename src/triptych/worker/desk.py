@@ -31,6 +31,8 @@ class Held:
     """A task in this worker's hands: its inputs under way (`brought` is None), waiting for room, or running."""
 
     task: Task
+    at_hand: bool
+    """its inputs are brought by whoever takes it in"""
     brought: Brought | None = None
     running: bool = False
     dropped: bool = False
@@ -103,9 +105,9 @@ class Desk:
 
     def give(self, task: Task) -> None:
         """A new task, from any thread: its inputs are fetched at once, while a unit runs."""
-        held = Held(task)
+        held = Held(task, self._inputs.at_hand(task))
         self._tell(Given(held))
-        if not self._inputs.at_hand(task):
+        if not held.at_hand:
             self._hands.give(lambda: self._tell(Arrived(held, self._bring(held))))
 
     def take(self, given: Given) -> None:
@@ -120,7 +122,7 @@ class Desk:
         if len(tasks) >= most:
             return self._refuse(held, TriptychError(f"stage {task.stage} was sent more than {most} tasks at once"))
         tasks[task.job] = held
-        if self._inputs.at_hand(task):
+        if held.at_hand:
             self.arrive(Arrived(held, self._bring(held)))
         return None
 
@@ -199,7 +201,7 @@ class Desk:
             self._pulse.unit = None
 
     def _report_all(self, name: StageName, events: list[StageEvent]) -> None:
-        """A task's last step is told along with its end, which wakes the line's thread once instead of twice."""
+        """A task's last step is told with its end: each message costs both sides something."""
         for index, event in enumerate(events):
             held = self._held[name].get(event.job)
             if held is None:
@@ -242,13 +244,10 @@ class Desk:
         def make() -> TaskDone | FailedMessage:
             try:
                 made = event.payload if task.encoding is None else as_files(event.payload, task.encoding)
-                return _done(task, brought, event, self._outbox.keep(made))
+                return _done(held, brought, event, self._outbox.keep(made))
             except Exception as error:
                 _log(task, error)
                 return failed(task, error)
-            finally:
-                if held.last is not None:
-                    self._outbox.say(held.last)
 
         idle = self.empty and sum(tensor.nbytes for tensor in tensors_in(event.payload.values)) <= AT_ONCE
         self._outbox.make(task.job, make, finish=brought.close, light=task.encoding is None, idle=idle)
@@ -280,7 +279,8 @@ def _stepped(task: Task, event: StepDone) -> Stepped:
     )
 
 
-def _done(task: Task, brought: Brought, event: Output, kept: Descriptor) -> TaskDone:
+def _done(held: Held, brought: Brought, event: Output, kept: Descriptor) -> TaskDone:
+    task = held.task
     return TaskDone(
         job=task.job,
         stage=task.stage,
@@ -293,6 +293,7 @@ def _done(task: Task, brought: Brought, event: Output, kept: Descriptor) -> Task
         fetched_bytes=brought.bytes,
         fetched_by=brought.route,
         resumed_at=event.resumed_at,
+        last=held.last,
     )
 
 

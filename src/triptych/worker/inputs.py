@@ -59,9 +59,12 @@ class Inputs:
         self._limit = limit
 
     def at_hand(self, task: Task) -> bool:
-        """Whether nothing has to come from another process."""
-        tickets = (task.pictures, task.payload, task.checkpoint)
-        return all(ticket is None or ticket.descriptor.owner == self._exchange.owner for ticket in tickets)
+        """Whether bringing it takes but a moment. Another's pictures have to be read, which may take longer."""
+        if task.pictures is not None and task.pictures.descriptor.owner != self._exchange.owner:
+            return False
+        return all(
+            ticket is None or self._exchange.is_near(ticket.descriptor) for ticket in (task.payload, task.checkpoint)
+        )
 
     def bring(self, task: Task) -> Brought:
         """The task, ready for its stage. Raises InputFailed for what does not come, MediaError for a picture that

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import queue
 import secrets
+import threading
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 
 from triptych.messages import FromWorker, Goodbye, Hello, Refused, ToWorker
 
+ENDED_SECONDS = 5.0
+
 
 class Uplink(Protocol):
     """How a worker and its coordinator talk. `send` and `receive` may be called from different threads."""
 
-    def send(self, message: FromWorker, *, more: bool = False) -> None:
-        """Says something; in order, and again after a lost connection came back. Does not wait for an answer. `more`:
-        another one follows at once, and this one may wait for it."""
+    def send(self, message: FromWorker) -> None:
+        """Says something; in order, and again after a lost connection came back. Does not wait for an answer."""
         ...
 
     def receive(self, timeout: float | None) -> ToWorker | None:
         """The next message, or None if none came within `timeout` seconds (None: waits)."""
+        ...
+
+    def hand_to(self, hear: Callable[[ToWorker], None] | None) -> None:
+        """From now on `hear` gets every message, those first that came already and were not received, one at a time on
+        whatever thread brings them; it must not wait for anything. None: nobody gets any more."""
         ...
 
     def close(self) -> None:
@@ -47,7 +55,7 @@ class LocalCoordinator(Protocol):
 class LocalLink:
     """The coordinator's end: what it sends is in the worker's queue at once."""
 
-    def __init__(self, inbox: queue.SimpleQueue[ToWorker]) -> None:
+    def __init__(self, inbox: queue.SimpleQueue[ToWorker | None]) -> None:
         self._inbox = inbox
 
     def send(self, message: ToWorker) -> None:
@@ -64,12 +72,14 @@ class InProcessUplink:
     def __init__(self, coordinator: LocalCoordinator, hello: Hello) -> None:
         self._coordinator = coordinator
         self._hello = hello
-        self._inbox: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ToWorker | None] = queue.SimpleQueue()
+        """None ends its thread"""
+        self._thread: threading.Thread | None = None
         self._gone = False
         coordinator.hello(hello, LocalLink(self._inbox))
 
-    def send(self, message: FromWorker, *, more: bool = False) -> None:
-        """Tells the coordinator, whatever follows."""
+    def send(self, message: FromWorker) -> None:
+        """Tells the coordinator."""
         self._gone = self._gone or isinstance(message, Goodbye)
         self._coordinator.hear(self._hello.incarnation, message)
 
@@ -83,6 +93,20 @@ class InProcessUplink:
             self._hello = msgspec.structs.replace(self._hello, incarnation=secrets.token_hex(16))
             self._coordinator.hello(self._hello, LocalLink(self._inbox))
         return message
+
+    def hand_to(self, hear: Callable[[ToWorker], None] | None) -> None:
+        """On a thread of its own: the coordinator speaks while it holds its lock."""
+        if self._thread is not None:
+            self._inbox.put(None)
+            self._thread.join(ENDED_SECONDS)
+            self._thread = None
+        if hear is not None:
+            self._thread = threading.Thread(target=self._run, args=(hear,), name="triptych-listener", daemon=True)
+            self._thread.start()
+
+    def _run(self, hear: Callable[[ToWorker], None]) -> None:
+        while (message := self.receive(None)) is not None:
+            hear(message)
 
     def close(self) -> None:
         """Tells the coordinator that the worker is gone, unless it said so itself."""

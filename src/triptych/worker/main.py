@@ -16,6 +16,7 @@ from triptych.messages import Hello
 from triptych.noise import hush
 from triptych.transfer import Exchange
 from triptych.worker.line import Uplink
+from triptych.worker.opening import keep_memory, settle
 from triptych.worker.settings import WorkerSettings
 from triptych.worker.uplink import CurveKeys, ZmqUplink
 from triptych.worker.worker import Worker
@@ -42,6 +43,7 @@ def worker_main(
     see `ZmqUplink`; `folder` is the private one for the exchange's socket. One line per event goes to standard error.
     """
     hush()
+    keep_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
@@ -50,7 +52,7 @@ def worker_main(
             def connect(hello: Hello) -> Uplink:
                 return ZmqUplink(endpoint, hello, keys, orphan_seconds)
 
-            worker = Worker(settings, connect, exchange)
+            worker = Worker(settings, connect, exchange, loaded=settle)
             with signals(worker, exchange):
                 worker.run()
     except TriptychError as error:

@@ -7,7 +7,6 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from triptych.messages import Descriptor, FromWorker
 from triptych.transfer import Exchange, Payload
@@ -26,17 +25,11 @@ class _Item:
     dropped: bool = False
 
 
-class Send(Protocol):
-    """How a message leaves, see `Uplink.send`."""
-
-    def __call__(self, message: FromWorker, *, more: bool = False) -> None: ...
-
-
 class Outbox:
     """Sends at once while nothing is being made, else in turn behind it. One thread gives it messages; `keep` and
     `release` may be called from any."""
 
-    def __init__(self, send: Send, exchange: Exchange, *, inline: bool) -> None:
+    def __init__(self, send: Callable[[FromWorker], None], exchange: Exchange, *, inline: bool) -> None:
         """`inline`: publishing costs nothing, so do it on the caller's thread."""
         self._send = send
         self._exchange = exchange
@@ -75,10 +68,6 @@ class Outbox:
         also if it was dropped before. Not `light`: it is work, never for the caller's thread; `idle`: the caller has
         nothing else to do, and a change of threads would only cost time."""
         self._take(_Item(job, make, finish), here=light and (self._inline or idle))
-
-    def say(self, message: FromWorker) -> None:
-        """From within `make`: sends something right before what is being made."""
-        self._send(message, more=True)
 
     def keep(self, payload: Payload) -> Descriptor:
         """Publishes a payload, to be kept until it is released. Raises WrongPayload or NotEnoughMemory."""

@@ -6,10 +6,10 @@ import contextlib
 import errno
 import logging
 import queue
-import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -37,11 +37,11 @@ from triptych.messages import (
     decode_to_worker,
     encode,
 )
+from triptych.sockets import SharedSockets
 
 __all__ = ["CurveKeys", "ZmqUplink"]
 
 PING_SECONDS = 1.0
-MAX_INBOX = 4096
 SOFT_OUTBOX = 256  # above it, news of the moment is dropped
 MANY = 64
 STEPS_SECONDS = 0.02
@@ -75,9 +75,9 @@ class ZmqUplink:
     it (any more); the worker sees that by the Refused(again=True) and the Welcome it receives. A connection that comes
     back loses and repeats nothing. All methods may be called from any thread.
 
-    When no coordinator has been heard for `orphan_seconds`, `receive` gives Stop, or Refused if there never was one;
-    likewise Refused when keys do not fit. Once it was told Stop or has said Goodbye, it says Hello to nobody. Raises
-    InvalidRequest for an endpoint or keys that cannot be used.
+    When no coordinator has been heard for `orphan_seconds`, the worker receives Stop, or Refused if there never was
+    one; likewise Refused when keys do not fit. Once it was told Stop or has said Goodbye, it says Hello to nobody.
+    Raises InvalidRequest for an endpoint or keys that cannot be used.
     """
 
     def __init__(
@@ -94,9 +94,9 @@ class ZmqUplink:
         self._inbox: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._outbox: deque[bytes] = deque()
-        self._woken, self._wake = socket.socketpair()
-        for end in (self._woken, self._wake):
-            end.setblocking(False)
+        self._shared = SharedSockets()
+        self._handing = threading.RLock()
+        self._hear: Callable[[ToWorker], None] | None = None
         self._closing = threading.Event()
         self._ended = False
         self._welcomed = False
@@ -123,8 +123,9 @@ class ZmqUplink:
         """The one that it last said Hello as."""
         return self._hello.incarnation
 
-    def send(self, message: FromWorker, *, more: bool = False) -> None:
-        """Queues a message; never waits. While nobody takes them, news of the moment (heartbeats, steps) is dropped.
+    def send(self, message: FromWorker) -> None:
+        """Sends a message, or queues it; never waits. While nobody takes them, news of the moment (heartbeats, steps)
+        is dropped.
 
         Raises Unsupported for a message over MAX_MESSAGE bytes.
         """
@@ -139,12 +140,12 @@ class ZmqUplink:
             self._leaving = self._leaving or isinstance(message, Goodbye)
         if waiting >= MAX_QUEUED:
             self._end(Stop())
-        if not (more or self._may_wait(message)):
+        if not self._may_wait(message):
             self._rung = time.monotonic()
-            self._ring()
+            self._shared.attempt(self._flush)
 
     def _may_wait(self, message: FromWorker) -> bool:
-        """Steps in quick succession go together with the next one: waking the thread costs more than a step may."""
+        """Steps in quick succession go together with the next one: telling of it costs more than a step may."""
         return isinstance(message, Stepped) and time.monotonic() - self._rung < STEPS_SECONDS
 
     def receive(self, timeout: float | None) -> ToWorker | None:
@@ -158,10 +159,21 @@ class ZmqUplink:
             if self._ended and self._inbox.empty():
                 return Stop()
 
+    def hand_to(self, hear: Callable[[ToWorker], None] | None) -> None:
+        """See `Uplink.hand_to`."""
+        with self._handing, contextlib.suppress(queue.Empty):
+            self._hear = hear or _ignore
+            while True:
+                self._hear(self._inbox.get_nowait())
+
+    def _hand_over(self, message: ToWorker) -> None:
+        with self._handing:
+            (self._hear or self._inbox.put)(message)
+
     def close(self) -> None:
         """Sends what is queued, for at most two seconds, and hangs up. Closing twice is fine."""
         self._closing.set()
-        self._ring()
+        self._shared.ring()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -186,11 +198,7 @@ class ZmqUplink:
             _hang_up(dealer, monitor)
             allowed = f"tcp://HOST:PORT or ipc://PATH, and CURVE keys ({error})"
             raise InvalidRequest.of("join", self._endpoint, allowed) from None
-        self._deaf, self._hearing = zmq.Poller(), zmq.Poller()
-        for poller in (self._deaf, self._hearing):
-            poller.register(self._woken.fileno(), zmq.POLLIN)
-            poller.register(monitor, zmq.POLLIN)
-        self._hearing.register(dealer, zmq.POLLIN)
+        self._shared.watch((dealer, monitor))
         return dealer, monitor
 
     def _say_hello(self) -> None:
@@ -204,21 +212,26 @@ class ZmqUplink:
     def _run(self) -> None:
         try:
             while not self._is_done():
-                self._wait()
-                now = time.monotonic()
-                if now - self._last > STOPPED_SECONDS:
-                    self._heard += now - self._last
-                self._last = now
-                self._watch()
-                self._listen(now)
-                self._flush()
-                self._mind(now)
+                self._shared.wait(0.05 if self._closing.is_set() else 0.25)
+                with self._shared.turn():
+                    self._turn(time.monotonic())
         except Exception:
             _log.exception("the line to the coordinator broke")
             self._end(Stop())
         finally:
-            _hang_up(self._dealer, self._monitor, linger=100)
-            self._close_rest()
+            with self._shared.turn():
+                self._ended = True
+                _hang_up(self._dealer, self._monitor, linger=100)
+                self._close_rest()
+
+    def _turn(self, now: float) -> None:
+        if now - self._last > STOPPED_SECONDS:
+            self._heard += now - self._last
+        self._last = now
+        self._watch()
+        self._listen(now)
+        self._flush()
+        self._mind(now)
 
     def _is_done(self) -> bool:
         if not self._closing.is_set():
@@ -227,10 +240,6 @@ class ZmqUplink:
         with self._lock:
             nothing_left = not self._outbox and not self._line.kept
         return self._ended or nothing_left or time.monotonic() > self._leave_by
-
-    def _wait(self) -> None:
-        poller = self._hearing if self._inbox.qsize() < MAX_INBOX else self._deaf
-        poller.poll(50 if self._closing.is_set() else 250)
 
     def _watch(self) -> None:
         """Looks at what happened to the connection."""
@@ -291,7 +300,7 @@ class ZmqUplink:
         elif refused and self._leaving:  # of no concern to either any more
             self._end(Stop())
         elif not self._ended:
-            self._inbox.put(message)
+            self._hand_over(message)
             self._leaving = self._leaving or isinstance(message, Stop)
             if isinstance(message, Welcome):
                 self._welcomed, self._back_off = True, 0.0
@@ -307,9 +316,6 @@ class ZmqUplink:
         self._say_hello()
 
     def _flush(self) -> None:
-        with contextlib.suppress(OSError):
-            while self._woken.recv(4096):
-                pass
         while not self._ended:
             with self._lock:
                 if not self._outbox:
@@ -336,17 +342,16 @@ class ZmqUplink:
     def _end(self, last: ToWorker) -> None:
         if not self._ended:
             self._ended = True
-            self._inbox.put(last)
-
-    def _ring(self) -> None:
-        with contextlib.suppress(OSError):
-            self._wake.send(b"\0")
+            self._hand_over(last)
 
     def _close_rest(self) -> None:
         self._ended = True
-        self._woken.close()
-        self._wake.close()
+        self._shared.close()
         self._context.term()
+
+
+def _ignore(message: ToWorker) -> None:
+    """For whoever listens no more."""
 
 
 def _check_port(endpoint: str) -> None:

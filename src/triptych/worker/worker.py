@@ -9,7 +9,6 @@ import os
 import platform
 import queue
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -67,7 +66,7 @@ class Worker:
     """`run` is the worker's whole life, on the calling thread; `drain` and `stop` may be called from any.
 
     `connect` says Hello and gives the line; `opened` is the model, if it is open already (None: opened from the
-    settings). Whoever gives the exchange closes it.
+    settings). Whoever gives the exchange closes it. `loaded` is called once all stages have loaded.
     """
 
     def __init__(
@@ -76,14 +75,16 @@ class Worker:
         connect: Callable[[Hello], Uplink],
         exchange: Exchange,
         opened: Opened | None = None,
+        *,
+        loaded: Callable[[], None] | None = None,
     ) -> None:
         self._settings = settings
         self._connect = connect
         self._exchange = exchange
         self._opened = opened
+        self._loaded = loaded
         self._uplink: Uplink | None = None
         self._inbox: queue.SimpleQueue[ToWorker | Given | Arrived] = queue.SimpleQueue()
-        self._closing = threading.Event()
         self._ready: Ready | None = None
         self._why = ""
         self._failed = False
@@ -123,9 +124,9 @@ class Worker:
         finally:
             uplink.close()
 
-    def _say(self, message: FromWorker, *, more: bool = False) -> None:
+    def _say(self, message: FromWorker) -> None:
         assert self._uplink is not None
-        self._uplink.send(message, more=more)
+        self._uplink.send(message)
 
     def _hello(self, opened: Opened) -> Hello:
         host = platform.node()
@@ -213,6 +214,8 @@ class Worker:
             weights={name: info.bytes for name, info in infos.items()},
             preview=self._previews.offered(),
         )
+        if self._loaded is not None:
+            self._loaded()
         inputs = Inputs(self._exchange, opened.stages, self._settings.max_input_bytes)
         desk = Desk(opened.stages, credits, inputs, self._outbox, self._pulse, self._previews, self._inbox.put)
         return ready, desk
@@ -225,26 +228,19 @@ class Worker:
 
     @contextlib.contextmanager
     def _listening(self, uplink: Uplink) -> Iterator[None]:
-        thread = threading.Thread(target=self._listen, args=(uplink,), name="triptych-listener", daemon=True)
-        thread.start()
+        uplink.hand_to(self._listen)
         try:
             yield
         finally:
-            self._closing.set()
-            thread.join(5.0)
+            uplink.hand_to(None)
 
-    def _listen(self, uplink: Uplink) -> None:
-        """Hears the coordinator, on a thread of its own: what is released is free at once, since the next output may
-        be waiting for its room."""
+    def _listen(self, message: ToWorker) -> None:
+        """Hears the coordinator, on the line's thread: what is released is free at once, since the next output may be
+        waiting for its room."""
         try:
-            while not self._closing.is_set():
-                message = uplink.receive(IDLE_SECONDS)
-                if message is not None:
-                    self._hear(message)
-                if isinstance(message, Stop):
-                    return
+            self._hear(message)
         except Exception as error:  # a worker that lives and hears nothing would never be missed
-            logger.exception("the line to the coordinator broke")
+            logger.exception("what the coordinator said broke something")
             self._why, self._failed = self._why or f"{type(error).__name__}: {error}", True
             self._inbox.put(Stop())
 
