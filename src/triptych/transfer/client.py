@@ -145,16 +145,12 @@ class DataClient:
         return self._new(peer[1]), False
 
     def _new(self, at: str) -> socket.socket:
-        # A new peer often stands for one that has died.
-        with self._lock:
-            dropped = self._hung_up()
-        for one in dropped:
-            one.close()
         return client_connection(at, self._settings.connect_seconds, self._settings.stall_seconds)
 
     def _keep(self, peer: tuple[str, str], connection: socket.socket) -> None:
         dropped = []
         with self._lock:
+            dropped += self._hung_up()
             if self._closed:
                 dropped.append(connection)
             else:
