@@ -122,6 +122,20 @@ def test_connections_are_kept_until_the_peer_is_gone() -> None:
         assert not b._client._idle
 
 
+def test_what_the_dead_leave_behind_is_tidied_up() -> None:
+    settings = TransferSettings(**SMALL, routes=("tcp",))
+    with Exchange(settings) as b:
+        for _ in range(2):
+            with Exchange(settings) as a:
+                b.fetch(ticket_for(a.publish(Payload({"x": torch.ones(10)})), a.secret)).close()
+                b.tidy()
+                assert len(b._client._idle) == 1, "it lives"
+        ends = time.monotonic() + 10.0
+        while b._client._idle and time.monotonic() < ends:
+            b.tidy()
+        assert not b._client._idle
+
+
 def test_release_during_a_transfer_waits_for_it() -> None:
     settings = TransferSettings(**SMALL, routes=("tcp",))
     with Exchange(settings) as a:

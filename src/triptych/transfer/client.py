@@ -181,6 +181,13 @@ class DataClient:
         with self._lock:
             return sum(map(len, self._quarantine.values()))
 
+    def tidy(self) -> None:
+        """Closes the idle connections of those that have died and of whom nobody told."""
+        with self._lock:
+            dropped = self._hung_up()
+        for one in dropped:
+            one.close()
+
     def peer_gone(self, owner: str) -> None:
         """Closes its connections and takes its slots back."""
         with self._lock:

@@ -293,6 +293,10 @@ class Exchange:
         if self._reader is not None:
             self._reader.peer_gone(owner)
 
+    def tidy(self) -> None:
+        """Lets go of what those left behind that died unnoticed: to be called now and then."""
+        self._client.tidy()
+
     def stats(self) -> ExchangeStats:
         """What it holds and has done."""
         counts = self._counts

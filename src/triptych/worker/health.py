@@ -24,7 +24,8 @@ SAMPLED_ELEMENTS = 256
 
 
 class Pulse:
-    """Sends a Heartbeat every so many seconds, on a thread of its own. `unit` is set by the thread that works."""
+    """Sends a Heartbeat every so many seconds, on a thread of its own, and sees to what the dead leave behind. `unit`
+    is set by the thread that works."""
 
     def __init__(
         self, send: Callable[[Heartbeat], None], exchange: Exchange, device: torch.device, seconds: float
@@ -64,6 +65,7 @@ class Pulse:
     def _run(self) -> None:
         while not self._ended.wait(self.seconds):
             try:
+                self._exchange.tidy()
                 self._send(self.beat())
             except Exception:  # the next may go well; if none does, the silence tells
                 logger.exception("no heartbeat")
