@@ -15,9 +15,12 @@ from pydantic import BaseModel
 
 from triptych.cluster import Limits
 from triptych.config import (
+    BoundsSection,
+    ImageUrlsSection,
     Layout,
     LimitsSection,
     ListenSection,
+    RatesSection,
     ServeSection,
     TransferSection,
     WorkerPlan,
@@ -301,7 +304,8 @@ def test_a_section_has_the_fields_and_defaults_of_what_it_configures(
 
 def test_every_field_is_documented() -> None:
     page = (ROOT / "docs" / "layouts.md").read_text(encoding="utf-8")
-    for section in (Layout, WorkerPlan, TransferSection, LimitsSection, ListenSection, ServeSection):
+    sections = (Layout, WorkerPlan, TransferSection, LimitsSection, ListenSection, ServeSection)
+    for section in (*sections, BoundsSection, RatesSection, ImageUrlsSection):
         rows = dict(re.findall(r"^\| `([a-z_]+)` \| ([^\n]*) \|$", section_of(page, section), re.MULTILINE))
         assert list(rows) == list(section.model_fields), section.__name__
         for name, text in documented(section).items():
@@ -311,7 +315,13 @@ def test_every_field_is_documented() -> None:
 
 
 def section_of(page: str, section: type[BaseModel]) -> str:
-    titles = {"Layout": "The file", "WorkerPlan": "`workers`"}
+    titles = {
+        "Layout": "The file",
+        "WorkerPlan": "`workers`",
+        "BoundsSection": "`serve.bounds`",
+        "RatesSection": "`serve.rates`",
+        "ImageUrlsSection": "`serve.image_urls`",
+    }
     title = titles.get(section.__name__, f"`{section.__name__.removesuffix('Section').lower()}`")
     return page.split(f"### {title}\n", 1)[1].split("\n###", 1)[0]
 
@@ -332,7 +342,7 @@ def shown(info: Any) -> str:
         return f"`{'null' if value is None else str(value).lower()}`"
     if isinstance(value, int | float):
         return f"`{value // MIB}MiB`" if value >= MIB else f"`{value:g}`"
-    return f"`{value[0] if isinstance(value, tuple) else value}`"
+    return f"`{', '.join(value) or '[]'}`" if isinstance(value, tuple) else f"`{value}`"
 
 
 def test_the_config_room_is_free_of_torch() -> None:

@@ -24,6 +24,8 @@ __all__ = [
     "Draining",
     "Encoding",
     "Failed",
+    "Flush",
+    "Flushed",
     "FromWorker",
     "Goodbye",
     "Heartbeat",
@@ -284,6 +286,16 @@ class Proved(Message, frozen=True):
     reason: str = ""
 
 
+class Flushed(Message, frozen=True):
+    """The answer to Flush: the bytes let go of, by cache; `process`: of caches that a worker's stages share."""
+
+    number: int
+    stages: dict[StageName, dict[str, int]]
+    process: dict[str, int] = {}
+    failed: dict[str, str] = {}
+    """by `stage/cache` or `process/cache`: why it could not be flushed"""
+
+
 class Draining(Message, frozen=True):
     """It finishes what it holds and then leaves: send it nothing more."""
 
@@ -342,6 +354,12 @@ class PeerGone(Message, frozen=True):
 
 class Prove(Message, frozen=True):
     """A task failed there: answer Proved when everything else it holds is done or dropped and it still works."""
+
+
+class Flush(Message, frozen=True):
+    """Between two units, let go of what is kept only to be faster, and answer Flushed with the same number."""
+
+    number: int
 
 
 class SetPreview(Message, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import signal
@@ -19,7 +20,7 @@ import pytest
 from PIL import Image
 
 from triptych.cli import main
-from triptych.errors import InvalidRequest
+from triptych.errors import InvalidRequest, Unsupported
 from triptych.server import bind, url_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,6 +199,30 @@ def test_what_is_wrong_is_one_line(arguments: list[str], line: str, capsys: pyte
     assert main(["serve", "emoji", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith(f"error: {line}") and printed.err.count("\n") == 1 and not printed.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "emoji at 127.0.0.1, auto, None"),
+        (["--model-path", "toy"], "toy at 127.0.0.1, auto, None"),
+        (["toy", "--model-path", "toy", "--device", "cpu", "--dtype", "float16"], "toy at 127.0.0.1, cpu, float16"),
+        (["--model-path", "toy", "--host", "localhost", "--device", "cuda"], "toy at localhost, cuda, None"),
+        (["toy", "--model-path", "other"], "model-path: given 'other'; allowed: the model that was named before it"),
+        (["", "--model-path", "other"], "model-path: given 'other'; allowed: the model that was named before it, ''"),
+    ],
+)
+def test_the_flags_of_cache_dit_are_known(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opening(model: str, *rest: Any) -> None:
+        layout = rest[-1]["layout"]
+        (slot,) = layout.slots(("denoise",))
+        raise Unsupported(f"{model} at {layout.serve.host}, {slot.device}, {slot.dtype}")
+
+    monkeypatch.setattr(importlib.import_module("triptych.cli.serve"), "open_engine", opening)
+    assert main(["serve", *arguments, "--port", "0"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {line}")
 
 
 class Real:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from triptych.cluster.jobs import JobRecord, JobSpec, JobState, StageSpec
+from triptych.cluster.jobs import ENDED, JobRecord, JobSpec, JobState, Outcome, StageSpec
+from triptych.messages import Stepped
 from triptych.model.topology import STAGES, Defaults, Source, StageTopology, Topology
 from triptych.request import Request
 
@@ -71,6 +73,8 @@ class FakeEngine:
     """set by a test that lets `drain` return"""
     closed: bool = False
 
+    watchers: dict[str, list[Callable[[Any], None]]] = field(default_factory=dict)
+
     def submit(self, request: Request, **options: Any) -> Taken:
         if self.refuse is not None:
             raise self.refuse
@@ -79,6 +83,7 @@ class FakeEngine:
         stages = tuple(StageSpec(stage=name, fields={}) for name in STAGES)
         spec = JobSpec(
             id=job, stages=stages, seed=7, workflow="text2image", priority=options.get("priority", 0),
+            client=options.get("client", ""), preview=options.get("preview", False),
             request={"prompt": request.prompt, "seed": 7}, warnings=("a word it was never taught",),
         )  # fmt: skip
         self.views[job] = View(
@@ -87,9 +92,46 @@ class FakeEngine:
         return Taken(job)
 
     def put(self, job: str, state: JobState, **changes: Any) -> None:
-        """A job gets to another state."""
+        """A job gets to another state; whoever watches it hears of its end."""
         record = msgspec.structs.replace(self.views[job].record, state=state, **changes)
         self.views[job] = replace(self.views[job], record=record, position=None)
+        if state in ENDED:
+            self.tell(job, Outcome(state=state, failures=tuple(record.failures)))
+            self.watchers.pop(job, None)
+
+    def tell(self, job: str, event: Stepped | Outcome) -> None:
+        """Something happens to a job."""
+        for watcher in tuple(self.watchers.get(job, ())):
+            watcher(event)
+
+    def watch(self, job: str, watcher: Callable[[Any], None]) -> Callable[[], None]:
+        record = self.views[job].record
+        if record.state in ENDED:
+            watcher(Outcome(state=record.state, failures=tuple(record.failures)))
+            return lambda: None
+        self.watchers.setdefault(job, []).append(watcher)
+        return lambda: self.watchers.get(job, [watcher]).remove(watcher)
+
+    def jobs(
+        self, *, client: str | None = None, states: Iterable[JobState] | None = None, before: str | None = None,
+        limit: int = 50,
+    ) -> list[JobRecord]:  # fmt: skip
+        wanted = None if states is None else set(states)
+        names = list(self.views)[::-1]
+        names = names[names.index(before) + 1 :] if before in names else names if before is None else []
+        records = [self.views[name].record for name in names]
+        mine = [one for one in records if client is None or one.spec.client == client]
+        return [one for one in mine if wanted is None or one.state in wanted][:limit]
+
+    def under_way(self, client: str) -> int:
+        return sum(one.state not in ENDED for one in self.jobs(client=client, limit=1000))
+
+    def forget(self, job: str) -> bool:
+        if job not in self.views:
+            return False
+        self.cancel(job)
+        self.files.pop(job, None)
+        return self.views.pop(job) is not None
 
     def view(self, job: str) -> View | None:
         return self.views.get(job)

@@ -7,7 +7,6 @@ import base64
 import io
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,9 @@ from PIL import Image
 
 from tests.server.fake import FakeEngine, File
 from triptych.cluster.jobs import Failure, StageRecord
+from triptych.config import ServeSection
 from triptych.errors import LoadError, ModelNotFound, NotEnoughMemory, NoWorker, QueueFull, TriptychError, Unsupported
 from triptych.server import create_app
-
-
-@pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine()
-
-
-@pytest.fixture
-def client(engine: FakeEngine) -> Iterator[TestClient]:
-    with TestClient(create_app(engine, version="1", max_body=100_000), raise_server_exceptions=False) as client:
-        yield client
 
 
 def data_url(picture: Image.Image, format: str = "PNG") -> str:
@@ -73,7 +62,7 @@ def test_a_job_is_taken_at_once_and_seen_from_then_on(client: TestClient, engine
     request, options = engine.submitted[0]
     assert (request.prompt, request.width, request.sigmas) == (("a", "b"), 64, (1.0, 0.5))
     assert (request.output_format, request.extra) == ("webp", {"size": 3})
-    assert options == {"preview": True, "priority": 2, "deadline": 60.0, "exact": True}
+    assert options == {"client": "", "preview": True, "priority": 2, "deadline": 60.0, "exact": True}
     assert (job["state"], job["position"], job["stage"], job["priority"]) == ("queued", 0, "encode", 2)
     assert (job["model"], job["workflow"], job["object"]) == ("toy", "text2image", "job")
     assert (job["results"], job["error"], job["times"]) == ([], None, [])
@@ -191,7 +180,7 @@ def test_status_is_the_engines(client: TestClient) -> None:
         ({"prompt": "a", "deadline": 0}, "deadline"),
         ({"prompt": "a", "preview": "yes"}, "preview"),
         ({"prompt": "a", "images": ["/etc/passwd"]}, "images"),
-        ({"prompt": "a", "images": ["https://example.com/a.png"]}, "images"),
+        ({"prompt": "a", "images": ["https://example.com/a.png"]}, "images[0]"),
         ({"prompt": "a", "images": "data:image/png;base64,AAAA"}, "images"),
         ({"prompt": "a", "images": ["data:image/png;base64,A"]}, "images[0]"),
         ({"prompt": "a", "images": ["data:image/png;base64,AAAA"] * 17}, "images"),
@@ -254,7 +243,7 @@ def test_a_client_that_hangs_up_in_the_middle_is_no_bug_of_ours(engine: FakeEngi
         "type": "http", "method": "POST", "path": "/v1/jobs", "raw_path": b"/v1/jobs", "query_string": b"",
         "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http",
     }  # fmt: skip
-    asyncio.run(create_app(engine, version="1", max_body=100_000)(scope, receive, send))
+    asyncio.run(create_app(engine, ServeSection(max_body=100_000), version="1")(scope, receive, send))
     assert sent[0]["status"] == 422 and not engine.submitted
 
 

@@ -11,7 +11,17 @@ import typer
 from triptych import __version__
 from triptych.cli.console import Display, note, warn
 from triptych.cli.generation import DEFAULT_MODEL
-from triptych.cli.options import AllowPickle, AllowRemoteCode, Dtype, Model, Offline, PreviewVae, Revision, Workflow
+from triptych.cli.options import (
+    AllowPickle,
+    AllowRemoteCode,
+    Dtype,
+    ModelPath,
+    Offline,
+    PreviewVae,
+    Revision,
+    Workflow,
+    chosen_model,
+)
 from triptych.errors import InvalidRequest, Unsupported
 
 if TYPE_CHECKING:
@@ -27,7 +37,11 @@ _LONGEST_DRAIN = 7 * 24 * 3600.0
 
 
 def serve(
-    model: Model = DEFAULT_MODEL,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="An embedded model, a diffusers folder or a hub id.", show_default=DEFAULT_MODEL),
+    ] = None,
+    model_path: ModelPath = None,
     workflow: Workflow = None,
     layout: Annotated[str, typer.Option(help="fused, split, or a layout file.")] = "fused",
     host: Annotated[str | None, typer.Option(help="Address to answer on.", show_default="127.0.0.1")] = None,
@@ -64,6 +78,7 @@ def serve(
 
     Prints its URL once it is ready. SIGTERM or Ctrl-C finishes what runs and ends; twice stops at once.
     """
+    served = chosen_model(model, model_path, DEFAULT_MODEL)
     if not 0 <= drain <= _LONGEST_DRAIN:
         raise InvalidRequest.of("drain", drain, f"0 to {_LONGEST_DRAIN:.0f} seconds")
     from triptych.config import Layout
@@ -83,7 +98,7 @@ def serve(
         "preview_vae": None if preview_vae is None else str(preview_vae),
     }
     with Display() as display:
-        run(wanted, lambda: open_engine(model, display, allow_pickle, allow_remote_code, options), drain)
+        run(wanted, lambda: open_engine(served, display, allow_pickle, allow_remote_code, options), drain)
 
 
 def open_engine(
@@ -111,13 +126,15 @@ def run(layout: Layout, opening: Callable[[], Door], drain: float) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its starting and ending are ours to tell
     door = layout.serve
+    # What the layout says; where it says nothing, a client is better off knowing at once.
+    refuses_missing = layout.limits.given().get("missing_worker", "fail") == "fail"
     with bind(door.host, door.port) as sock:
         _warn_if_public(door.host)
         with on_signals(_interrupt):
             engine = opening()
             try:
                 drained = serve_app(
-                    create_app(engine, version=__version__, max_body=door.max_body),
+                    create_app(engine, door, version=__version__, refuses_missing=refuses_missing),
                     sock,
                     ready=lambda url: print(f"ready: {url}", flush=True),
                     drain=lambda: engine.drain(drain),

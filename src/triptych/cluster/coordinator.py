@@ -142,6 +142,21 @@ class Coordinator:
             present = [self._newer(record.spec.id) or record for record in records]
         return [record for record in present if wanted is None or record.state in wanted]
 
+    def under_way(self, client: str) -> int:
+        """How many of a client's jobs have not ended."""
+        with self._lock:
+            return sum(live.client == client for live in self._scheduler.jobs.values())
+
+    def forget(self, job: str) -> bool:
+        """Forgets a job and what is kept for it, cancelling it first if it has not ended. False if it is unknown."""
+        self.cancel(job)
+        with self._turn():
+            known = self._effects.unsaved.pop(job, None) is not None
+            if self._store.remove(job) or known:
+                self._keeper.drop(job)
+                return True
+            return False
+
     def position(self, job: str) -> int | None:
         """How many jobs go before it in the queue where it waits; None if it does not wait."""
         with self._lock:

@@ -147,6 +147,10 @@ class JobStore(Protocol):
         """The job, or None if it is unknown or has expired."""
         ...
 
+    def remove(self, job: str) -> bool:
+        """Removes an ended job; False if it is unknown."""
+        ...
+
     def unfinished(self) -> list[JobRecord]:
         """Every job that has not ended, oldest first."""
         ...

@@ -35,6 +35,10 @@ class MemoryStore:
         record = self._records.get(job)
         return None if record is None else snapshot(record)
 
+    def remove(self, job: str) -> bool:
+        """See JobStore."""
+        return job in self._records and self._remove(job) is not None
+
     def unfinished(self) -> builtins.list[JobRecord]:
         """See JobStore."""
         return [snapshot(record) for record in self._records.values() if record.state not in ENDED]

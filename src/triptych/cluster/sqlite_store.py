@@ -89,6 +89,11 @@ class SqliteStore:
         found = self._records("WHERE id = ?", [job])
         return found[0] if found else None
 
+    def remove(self, job: str) -> bool:
+        """Removes a job; False if it is unknown."""
+        with self._lock, self._clear_errors():
+            return self._db.execute("DELETE FROM jobs WHERE id = ?", [job]).rowcount > 0
+
     def unfinished(self) -> list[JobRecord]:
         """Every job that has not ended, in the order of their submission."""
         return self._records(f"WHERE state NOT IN ({_marks(ENDED)}) ORDER BY number", sorted(ENDED))

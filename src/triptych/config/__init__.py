@@ -5,13 +5,17 @@ where others may join. Sizes are in bytes and may be written as text (`256MiB`),
 """
 
 from triptych.config.layout import Layout, Slot
-from triptych.config.sections import LimitsSection, ListenSection, ServeSection, TransferSection, WorkerPlan
+from triptych.config.sections import LimitsSection, ListenSection, TransferSection, WorkerPlan
+from triptych.config.serve import BoundsSection, ImageUrlsSection, RatesSection, ServeSection
 from triptych.config.words import is_loopback, parse_cpus, parse_size, parse_stages
 
 __all__ = [
+    "BoundsSection",
+    "ImageUrlsSection",
     "Layout",
     "LimitsSection",
     "ListenSection",
+    "RatesSection",
     "ServeSection",
     "Slot",
     "TransferSection",

@@ -17,10 +17,10 @@ from triptych.config.sections import (
     LimitsSection,
     ListenSection,
     Section,
-    ServeSection,
     TransferSection,
     WorkerPlan,
 )
+from triptych.config.serve import ServeSection
 from triptych.config.words import STAGES, is_loopback
 from triptych.config.wrong import follows, line_of, problem
 from triptych.errors import InvalidRequest

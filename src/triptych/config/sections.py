@@ -15,12 +15,16 @@ from triptych.request import StageName
 
 __all__ = [
     "LOCAL",
+    "MIB",
     "NAME",
     "LimitsSection",
     "ListenSection",
+    "Seconds",
     "Section",
-    "ServeSection",
+    "Size",
+    "Switch",
     "TransferSection",
+    "Whole",
     "WorkerPlan",
 ]
 
@@ -197,14 +201,3 @@ class ListenSection(Section):
     def host(self) -> str:
         """The endpoint's address."""
         return self.endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-
-
-class ServeSection(Section):
-    """The HTTP door."""
-
-    host: str = Field(default="127.0.0.1", min_length=1, max_length=253)
-    """address to answer on"""
-    port: Whole = Field(default=8000, ge=0, le=65535)
-    """the port to answer on; 0: any free one"""
-    max_body: Size = Field(default=64 * MIB, ge=1)
-    """bytes of a request's body"""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from triptych.stage import GatherStage, Live, Order, UsePreview
+from triptych.stage import Freed, GatherStage, Live, Order, UsePreview
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,12 +23,12 @@ class DenoiseStage(GatherStage):
 
     _previewer: Callable[[dict[str, Any], torch.Tensor], torch.Tensor] | None = None
 
-    def control(self, order: Order) -> None:
-        """Takes `UsePreview`. Raises Unsupported for the rest."""
-        if isinstance(order, UsePreview):
-            self._previewer = order.preview
-        else:
-            super().control(order)
+    def control(self, order: Order) -> Freed | None:
+        """Takes `UsePreview`, and what every stage takes."""
+        if not isinstance(order, UsePreview):
+            return super().control(order)
+        self._previewer = order.preview
+        return None
 
     def _preview(self, live: Live, step: Step) -> torch.Tensor | None:
         if not live.task.preview or self._previewer is None:

@@ -9,11 +9,11 @@ import logging
 import queue
 import sys
 import uuid
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from pathlib import Path
 from types import TracebackType
 
-from triptych.cluster import JobRecord, JobSpec, Outcome, Status
+from triptych.cluster import JobRecord, JobSpec, JobState, Outcome, Status
 from triptych.config import Layout
 from triptych.engine.crew import LoadReport
 from triptych.engine.jobs import Event, Job, JobView, Listener, ResultFile
@@ -281,9 +281,25 @@ class Engine:
         position = self._coordinator.position(job)
         return JobView(record, position, here.step if here else 0, here.steps if here else 0)
 
-    def jobs(self, *, client: str | None = None, before: str | None = None, limit: int = 50) -> list[JobRecord]:
+    def watch(self, job: str, watcher: Callable[[Stepped | Outcome], None]) -> Callable[[], None]:
+        """Calls `watcher` with every unit done from now on and finally with the Outcome, on the thread that brings it;
+        returns what ends that. Raises InvalidRequest for a job that is unknown or has expired."""
+        return self._coordinator.watch(job, watcher)
+
+    def jobs(
+        self, *, client: str | None = None, states: Iterable[JobState] | None = None, before: str | None = None,
+        limit: int = 50,
+    ) -> list[JobRecord]:  # fmt: skip
         """Jobs, newest first; `before`: older than that job."""
-        return self._coordinator.jobs(client=client, before=before, limit=limit)
+        return self._coordinator.jobs(client=client, states=states, before=before, limit=limit)
+
+    def under_way(self, client: str) -> int:
+        """How many of a client's jobs have not ended."""
+        return self._coordinator.under_way(client)
+
+    def forget(self, job: str) -> bool:
+        """Forgets a job and what was kept for it, cancelling it first if it has not ended; False if it is unknown."""
+        return not self._closed and self._coordinator.forget(job)
 
     def result_files(self, job: str) -> list[ResultFile]:
         """The outputs of a finished job that was submitted with `files`."""

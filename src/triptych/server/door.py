@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from triptych.cluster import JobRecord
+    from triptych.cluster import JobRecord, JobState, Outcome
+    from triptych.messages import Stepped
     from triptych.model import Topology
     from triptych.request import Request
 
@@ -83,6 +84,26 @@ class Door(Protocol):
 
     def view(self, job: str) -> JobView | None:
         """The job, None if it is unknown or has expired."""
+        ...
+
+    def watch(self, job: str, watcher: Callable[[Stepped | Outcome], None]) -> Callable[[], None]:
+        """Calls `watcher` with every unit done from now on and finally with the Outcome, on the thread that brings it;
+        returns what ends that. Raises InvalidRequest for a job that is unknown or has expired."""
+        ...
+
+    def jobs(
+        self, *, client: str | None = None, states: Iterable[JobState] | None = None, before: str | None = None,
+        limit: int = 50,
+    ) -> list[JobRecord]:  # fmt: skip
+        """Jobs, newest first; `before`: older than that job."""
+        ...
+
+    def under_way(self, client: str) -> int:
+        """How many of a client's jobs have not ended."""
+        ...
+
+    def forget(self, job: str) -> bool:
+        """Forgets a job and its results, cancelling it first if it has not ended; False if it is unknown."""
         ...
 
     def cancel(self, job: str) -> bool:

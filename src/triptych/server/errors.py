@@ -16,10 +16,14 @@ from triptych.errors import InvalidRequest, TriptychError
 __all__ = [
     "STATUSES",
     "BodyTooLarge",
+    "Conflict",
     "Draining",
+    "Forbidden",
     "JobNotFound",
+    "NotAuthenticated",
     "NotDone",
     "ResultGone",
+    "ResultNotFound",
     "WrongMediaType",
     "add_handlers",
 ]
@@ -63,6 +67,24 @@ class WrongMediaType(TriptychError):
     code = "wrong_media_type"
 
 
+class NotAuthenticated(TriptychError):
+    """No API key was given, or none that is known."""
+
+    code = "not_authenticated"
+
+
+class Forbidden(TriptychError):
+    """The API key may not do this."""
+
+    code = "forbidden"
+
+
+class Conflict(TriptychError):
+    """The same Idempotency-Key was given with another body."""
+
+    code = "conflict"
+
+
 class Draining(TriptychError):
     """The server is about to stop and takes no more jobs."""
 
@@ -73,11 +95,14 @@ STATUSES: Mapping[str, int] = {
     "invalid_request": 422,
     "invalid_media": 400,
     "unsupported": 400,
+    "not_authenticated": 401,
+    "forbidden": 403,
     "job_not_found": 404,
     "model_not_found": 404,
     "result_not_found": 404,
     "not_done": 409,
     "cancelled": 409,
+    "conflict": 409,
     "result_gone": 410,
     "body_too_large": 413,
     "wrong_media_type": 415,
@@ -116,6 +141,8 @@ async def _ours(request: Request, error: Exception) -> JSONResponse:
     if status in _LATER:
         seconds = getattr(error, "retry_after", None) or _LATER[status]
         headers["Retry-After"] = str(math.ceil(seconds))
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return _answer(status, error.code, error.message, error.field, headers)
 
 

@@ -6,12 +6,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from triptych.messages import MEDIA_TYPES
 from triptych.server.door import Door, JobView
 
 if TYPE_CHECKING:
     from triptych.cluster import Failure, JobRecord
 
-__all__ = ["ErrorBody", "Health", "JobObject", "job_object"]
+__all__ = ["FILE_RESPONSES", "ErrorBody", "Health", "JobObject", "job_object", "wrong"]
+
+FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}},
+    206: {},
+    304: {},
+    416: {},
+}
+"""What a route that sends a file may answer when all is well."""
 
 
 class JobError(BaseModel):
@@ -35,6 +44,11 @@ class ErrorBody(BaseModel):
     """Every error's body."""
 
     error: ErrorDetail
+
+
+def wrong(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What a route may answer when something is wrong, for the OpenAPI page."""
+    return {status: {"model": ErrorBody} for status in statuses}
 
 
 class StageTimes(BaseModel):

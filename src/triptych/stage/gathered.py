@@ -27,12 +27,14 @@ from triptych.model import (
     check_checkpoint,
 )
 from triptych.stage.arrivals import check_head
+from triptych.stage.caches import Caches, Freed
 from triptych.stage.gather import Call, Gather, Parked, TaskGreenlet
 from triptych.stage.health import first_bad_weight, is_finite, peak_bytes, reset_peak
 from triptych.stage.protocol import (
     Admitted,
     Checkpoint,
     Failed,
+    Flush,
     Full,
     JobId,
     LoadProgress,
@@ -88,12 +90,14 @@ class GatherStage:
     """A Stage over one StageProgram. Subclasses say how a task's result crosses and what a step looks like.
 
     One thread drives it, inside one outer `torch.no_grad()`. A group is one call today; `_group` is where step
-    batching will pick more. Raises nothing from `step`: a task's error becomes its `Failed` event.
+    batching will pick more. Raises nothing from `step`: a task's error becomes its `Failed` event. What keeps something
+    for it only to be faster registers with `caches`.
     """
 
     def __init__(self, program: StageProgram, components: Components, placement: Placement, capacity: int = 4) -> None:
         self.program = program
         self.name: StageName = program.stage.name
+        self.caches = Caches()
         self._components = components
         self._placement = placement
         self._capacity = capacity
@@ -325,8 +329,10 @@ class GatherStage:
             with contextlib.suppress(Exception):
                 self._gather.fail(live.greenlet, Cancelled("cancelled"))
 
-    def control(self, order: Order) -> None:
-        """Raises Unsupported for an order that means nothing to this stage."""
+    def control(self, order: Order) -> Freed | None:
+        """Flushes the stage's caches. Raises Unsupported for an order that means nothing to it."""
+        if isinstance(order, Flush):
+            return self.caches.flush()
         raise Unsupported(f"stage {self.name} cannot {type(order).__name__}")
 
     def close(self) -> None:

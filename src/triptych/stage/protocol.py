@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from triptych.errors import TriptychError
+from triptych.stage.caches import Freed
 from triptych.transfer import Payload
 
 JobId = str
@@ -127,8 +128,13 @@ class UsePreview:
     preview: Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
 
 
-Order = UsePreview
-"""What a stage may be told between units; caches, adapters and offloading will add theirs."""
+@dataclass(frozen=True)
+class Flush:
+    """Let go of what is kept only to be faster. Answered with Freed."""
+
+
+Order = UsePreview | Flush
+"""What a stage may be told between units; adapters and offloading will add theirs."""
 
 
 class Stage(Protocol):
@@ -150,7 +156,7 @@ class Stage(Protocol):
         """Drops a task before its next unit; unknown jobs are ignored."""
         ...
 
-    def control(self, order: Order) -> None:
+    def control(self, order: Order) -> Freed | None:
         """Carries out an order between units. Raises Unsupported for one that means nothing to this stage."""
         ...
 

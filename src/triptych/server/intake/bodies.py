@@ -1,10 +1,7 @@
-"""What a client sends, before it is believed: bodies of bounded size, JSON, pictures as data URLs."""
+"""Bodies of bounded size, and a job from its JSON."""
 
 from __future__ import annotations
 
-import base64
-import binascii
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
@@ -12,18 +9,20 @@ from fastapi import Request as HttpRequest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.requests import ClientDisconnect
 
-from triptych.decode import read_image, read_mask
 from triptych.errors import InvalidRequest
 from triptych.request import Request
+from triptych.server.admission import Wanted
 from triptych.server.errors import BodyTooLarge, WrongMediaType
+from triptych.server.front import Front
+from triptych.server.intake.pictures import mask, pictures
 
-__all__ = ["JOB_BODY", "Submission", "read_body", "take_job"]
+__all__ = ["JOB_BODY", "read_body", "take_job"]
 
 MAX_IMAGES = 16
 MAX_PRIORITY = 100
 MAX_DEADLINE = 7 * 24 * 3600.0
 
-DATA_URL = r"^data:image/[a-z0-9.+-]{1,32};base64,"
+PICTURE = r"^(data:image/[a-z0-9.+-]{1,32};base64,|https?://)"
 
 
 def _body_model() -> type[BaseModel]:
@@ -31,12 +30,12 @@ def _body_model() -> type[BaseModel]:
     shared = {name: (info.annotation, info) for name, info in Request.model_fields.items()}
     own: dict[str, Any] = {
         "images": (
-            tuple[Annotated[str, Field(pattern=DATA_URL)], ...],
-            Field(default=(), max_length=MAX_IMAGES, description="data:image/…;base64,…"),
+            tuple[Annotated[str, Field(pattern=PICTURE)], ...],
+            Field(default=(), max_length=MAX_IMAGES, description="data:image/…;base64,… or URLs"),
         ),
         "mask": (
-            Annotated[str | None, Field(pattern=DATA_URL)],
-            Field(default=None, description="data:image/…;base64,…; white is painted anew"),
+            Annotated[str | None, Field(pattern=PICTURE)],
+            Field(default=None, description="as in images; white is painted anew"),
         ),
         "preview": (bool, Field(default=False, description="make small pictures of what it has got to")),
         "priority": (int, Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="higher goes first")),
@@ -54,17 +53,6 @@ JOB_BODY = _body_model()
 """The body of `POST /v1/jobs`."""
 
 _JOB_ONLY = ("preview", "priority", "deadline", "exact")
-
-
-@dataclass(frozen=True)
-class Submission:
-    """A job as a client asks for it."""
-
-    request: Request
-    preview: bool
-    priority: int
-    deadline: float | None
-    exact: bool
 
 
 async def read_body(request: HttpRequest, limit: int) -> bytes:
@@ -93,18 +81,14 @@ def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"given more than that; allowed: at most {limit} bytes", field="body")
 
 
-def take_job(data: bytes) -> Submission:
+async def take_job(front: Front, data: bytes) -> Wanted:
     """A job from its JSON. Raises InvalidRequest naming the first field that is wrong, MediaError for a picture."""
     fields = _fields(data)
     given = {name: value for name, value in fields.items() if name not in _JOB_ONLY}
-    given["images"] = tuple(
-        read_image(_picture(url, f"images[{index}]"), field=f"images[{index}]")
-        for index, url in enumerate(given.pop("images", ()))
-    )
-    mask = given.pop("mask", None)
-    if mask is not None:
-        given["mask"] = read_mask(_picture(mask, "mask"), field="mask")
-    return Submission(Request.parse(**given), **{name: fields[name] for name in _JOB_ONLY})
+    given["images"] = await pictures(front, given.pop("images", ()), "images")
+    if (painted := given.pop("mask", None)) is not None:
+        given["mask"] = await mask(front, painted, "mask")
+    return Wanted(Request.parse(**given), **{name: fields[name] for name in _JOB_ONLY})
 
 
 def _fields(data: bytes) -> dict[str, Any]:
@@ -133,11 +117,3 @@ def _first(error: ValidationError) -> InvalidRequest:
     return InvalidRequest.of(
         str(path[0]) if path else "body", first["input"], first["msg"].removeprefix("Input should be ")
     )
-
-
-def _picture(url: str, field: str) -> bytes:
-    """A data URL's bytes. Raises InvalidRequest."""
-    try:
-        return base64.b64decode(url[url.index(",") + 1 :], validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidRequest.of(field, url, "a picture as data:image/…;base64,… with valid base64") from None

@@ -1,0 +1,108 @@
+"""Every API's way to a job: whether it is taken, and waiting for its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from fastapi import Request as HttpRequest
+from starlette.concurrency import run_in_threadpool
+
+from triptych.errors import InvalidRequest, NoWorker
+from triptych.request import Request
+from triptych.server.door import JobView
+from triptych.server.errors import Draining, JobNotFound
+from triptych.server.front import Front
+from triptych.server.locks.bounds import check_bounds
+from triptych.server.locks.keys import Caller
+
+__all__ = ["Wanted", "begin", "cancelled_if_left", "finish", "view_of"]
+
+UNDER_WAY = ("queued", "running")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A job as a client asks for it. `deadline`: seconds after which nobody wants it any more. `key`: the client's own
+    name for it (its Idempotency-Key) with the digest of what was asked; the same again gives the same job."""
+
+    request: Request
+    preview: bool = False
+    priority: int = 0
+    deadline: float | None = None
+    exact: bool = False
+    key: tuple[str, str] | None = None
+
+
+async def begin(front: Front, caller: Caller, wanted: Wanted) -> str:
+    """Takes a job and returns its id. Raises Draining, NoWorker, InvalidRequest, QueueFull, NotEnoughMemory, or what
+    else is wrong with it; nothing has begun then."""
+    return await run_in_threadpool(_begin, front, caller, wanted)
+
+
+def _begin(front: Front, caller: Caller, wanted: Wanted) -> str:
+    door = front.door
+    if front.draining:
+        raise Draining("the server is stopping and takes no more jobs")
+    check_bounds(front.settings.bounds, wanted.request, door.topology)
+    missing = door.missing_stages()
+    if missing and front.refuses_missing:
+        raise NoWorker(f"no worker is ready for {', '.join(missing)}")
+    front.rates.take(caller.name, lambda: door.under_way(caller.name))
+    job = door.submit(
+        wanted.request,
+        preview=wanted.preview,
+        client=caller.name,
+        priority=wanted.priority,
+        deadline=wanted.deadline,
+        exact=wanted.exact,
+    ).id
+    front.follower.begin(job)
+    return job
+
+
+def view_of(front: Front, caller: Caller, job: str) -> JobView:
+    """A job as it stands. Raises JobNotFound for one that is unknown, has expired, or is another's: which of these, a
+    caller cannot tell."""
+    view = front.door.view(job) if job.isascii() and job.isalnum() and len(job) <= 64 else None
+    if view is None or view.record.spec.client != caller.name:
+        raise JobNotFound("no such job, or it has expired", field="job")
+    return view
+
+
+async def finish(front: Front, caller: Caller, job: str, http: HttpRequest, seconds: float | None = None) -> JobView:
+    """Waits until a job has ended, at most so long, and returns it as it is then. A client that hangs up meanwhile
+    cancels it."""
+    async with cancelled_if_left(front, job, http):
+        await front.follower.ended(job, seconds)
+    return view_of(front, caller, job)
+
+
+@contextlib.asynccontextmanager
+async def cancelled_if_left(front: Front, job: str, http: HttpRequest) -> AsyncIterator[None]:
+    """Cancels the job if its client hangs up, or the block fails, before the block's end. The request's body must have
+    been read."""
+    waiting = asyncio.current_task()
+    assert waiting is not None
+    left = False
+
+    async def watch() -> None:
+        nonlocal left
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        waiting.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    except BaseException:
+        front.door.cancel(job)
+        if left:
+            waiting.uncancel()
+            raise InvalidRequest("the client hung up, and the job was cancelled", field="body") from None
+        raise
+    finally:
+        watching.cancel()

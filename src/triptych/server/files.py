@@ -1,0 +1,62 @@
+"""Results as files on their way to a client."""
+
+from __future__ import annotations
+
+import mimetypes
+
+from fastapi import Response
+from fastapi.responses import FileResponse
+
+from triptych.messages import MEDIA_TYPES
+from triptych.server.door import Door, JobView, ResultFile
+from triptych.server.errors import NotDone, ResultGone, ResultNotFound
+
+__all__ = ["SUFFIXES", "bytes_of", "files_of", "result_response"]
+
+SUFFIXES = {kind: ".jpg" if format == "jpeg" else f".{format}" for format, kind in MEDIA_TYPES.items()}
+
+
+def files_of(door: Door, view: JobView) -> list[ResultFile]:
+    """All outputs of a finished job. Raises NotDone for one that has not ended well, ResultGone once they have
+    expired."""
+    record = view.record
+    if record.state != "done":
+        raise NotDone(f"job {record.spec.id} is {record.state}")
+    files = list(door.result_files(record.spec.id))
+    if not files:
+        raise ResultGone(f"the results of job {record.spec.id} have expired")
+    return files
+
+
+def result_response(door: Door, view: JobView, number: int) -> Response:
+    """One output of a finished job; ranges and conditions are the framework's. Raises like `files_of`, and
+    ResultNotFound."""
+    files = files_of(door, view)
+    if not 0 <= number < len(files):
+        raise ResultNotFound(f"given {number}; allowed: 0 to {len(files) - 1}", field="number")
+    return _response(files[number], f"{view.record.spec.id}-{number}")
+
+
+def bytes_of(file: ResultFile) -> bytes:
+    """What a result holds. Raises ResultGone once it has expired."""
+    if file.data is not None:
+        return file.data
+    assert file.path is not None, "a result is a file or bytes"
+    try:
+        return file.path.read_bytes()
+    except FileNotFoundError:
+        raise ResultGone("the result has expired") from None
+
+
+def _response(file: ResultFile, name: str) -> Response:
+    suffix = SUFFIXES.get(file.media_type) or mimetypes.guess_extension(file.media_type) or ""
+    headers = {
+        "Content-Disposition": f'inline; filename="{name}{suffix}"',
+        "Cache-Control": "private, max-age=31536000, immutable",
+        "X-Content-Type-Options": "nosniff",
+    }
+    if file.path is not None:
+        if not file.path.is_file():
+            raise ResultGone("the result has expired")
+        return FileResponse(file.path, headers=headers, media_type=file.media_type)
+    return Response(bytes_of(file), headers=headers, media_type=file.media_type)

@@ -1,0 +1,3 @@
+"""The HTTP routes, one module for each API."""
+
+__all__: list[str] = []
