@@ -100,7 +100,7 @@ def test_a_cancelled_job_ends_within_a_step(server: Server) -> None:
         ({"prompt": "x", "num_inference_steps": "3"}, 422, "invalid_request", "num_inference_steps"),
         ({"seed": 3}, 422, "invalid_request", "prompt"),
         ({"prompt": "x", "images": ["data:image/png;base64,AAAA"]}, 400, "invalid_media", "images[0]"),
-        ({"prompt": "x", "images": ["http://127.0.0.1/picture.png"]}, 422, "invalid_request", "images"),
+        ({"prompt": "x", "images": ["http://127.0.0.1/picture.png"]}, 422, "invalid_request", "images[0]"),
         ({"prompt": "x", "save_result_path": "/etc/x"}, 422, "invalid_request", "save_result_path"),
         ({"prompt": "x", "deadline": -1}, 422, "invalid_request", "deadline"),
         ([], 422, "invalid_request", "body"),
