@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench chaos verify clean
+.PHONY: help demo test lint bench chaos soak verify clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -31,17 +31,23 @@ bench: $(STAMP)  ## the benchmarks: figure, target, met; fails on a miss
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/layout.py
 	$(BIN)/python benchmarks/transfer.py
+	$(BIN)/python benchmarks/serving.py
 
 chaos: $(STAMP)  ## every fault at every moment, then 300 jobs in a storm of them: none lost, all bit-equal
 	$(BIN)/python -m tests.chaos
 
-verify: $(STAMP)  ## the long checks: slow tests, chaos, the embedded model's full grading, the benchmarks
+soak: $(STAMP)  ## 20,000 requests with cancels, errors and clients that leave: nothing grows, none lost
+	$(BIN)/python -m tests.soak
+
+verify: $(STAMP)  ## the long checks: slow tests, chaos, soak, the embedded model's full grading, the benchmarks
 	$(BIN)/python -m pytest -m slow || test $$? -eq 5
 	$(BIN)/python -m tests.chaos
+	$(BIN)/python -m tests.soak
 	$(BIN)/python -m training.grade --model emoji
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/layout.py
 	$(BIN)/python benchmarks/transfer.py
+	$(BIN)/python benchmarks/serving.py
 
 clean:  ## removes what the other targets made
 	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache

@@ -4,7 +4,7 @@ A command is a line of a ```sh block that begins with `$ `; the lines under it a
 appear (`…` stands for anything). ```sh exit=2 names the exit code. Variables last to the end of a document. A command
 that ends in `&` runs in the background: the document goes on once it has printed the lines under it, and ends it with
 `kill %1` (`%2` for the second one, and so on), after which it must have said the lines under that, too, and left with
-code 0. ```yaml NAME is a file of that name. Python blocks of a document run as one script.
+code 0. ```yaml NAME and ```python NAME are files of that name. Other Python blocks of a document run as one script.
 
 Commands find `photo.png`, `mask.png` and tiny stand-ins of the models they name in their folder; the ports and hosts
 that documents name stand for free ones of this machine. A command that prints a traceback, or what a library says for
@@ -76,10 +76,9 @@ def commands(document: Path) -> list[Command]:
 
 
 def python_of(document: Path) -> str:
-    """The Python blocks of a document as one script."""
-    return "\n".join(
-        body for language, _, body in BLOCK.findall(document.read_text(encoding="utf-8")) if language == "python"
-    )
+    """The Python blocks of a document, other than its files, as one script."""
+    found = BLOCK.findall(document.read_text(encoding="utf-8"))
+    return "\n".join(body for language, info, body in found if language == "python" and not info)
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def translated(command: Command, reader: Reader) -> Command:
 def files_of(document: Path) -> Iterator[tuple[str, str]]:
     """The files that a document shows with their names."""
     for language, info, body in BLOCK.findall(document.read_text(encoding="utf-8")):
-        if language == "yaml" and info:
+        if language in ("yaml", "python") and info:
             yield info, body
 
 

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from triptych.client import AsyncClient, AsyncRemoteJob, Client, JobUpdate, RemoteFile, RemoteJob, RemoteResult
     from triptych.engine import Engine, Job
     from triptych.errors import (
         Cancelled,
@@ -19,16 +20,26 @@ if TYPE_CHECKING:
         QueueFull,
         StageFailed,
         TriptychError,
+        Unreachable,
         Unsupported,
         WrongPayload,
     )
-    from triptych.model.load import Trust
+    from triptych.model import Trust
     from triptych.request import Clip, Progress, Request, Result, StageTime
 
 __version__ = "0.1.0"
 
 # Imported on first use: the command line's --help and the torch-free rooms must not pay for torch.
 _ROOMS = {
+    "triptych.client": (
+        "AsyncClient",
+        "AsyncRemoteJob",
+        "Client",
+        "JobUpdate",
+        "RemoteFile",
+        "RemoteJob",
+        "RemoteResult",
+    ),
     "triptych.engine": ("Engine", "Job"),
     "triptych.errors": (
         "Cancelled",
@@ -42,21 +53,26 @@ _ROOMS = {
         "QueueFull",
         "StageFailed",
         "TriptychError",
+        "Unreachable",
         "Unsupported",
         "WrongPayload",
     ),
-    "triptych.model.load": ("Trust",),
+    "triptych.model": ("Trust",),
     "triptych.request": ("Clip", "Progress", "Request", "Result", "StageTime"),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
+    "AsyncClient",
+    "AsyncRemoteJob",
     "Cancelled",
+    "Client",
     "Clip",
     "DeviceError",
     "Engine",
     "InvalidRequest",
     "Job",
+    "JobUpdate",
     "LoadError",
     "MediaError",
     "ModelNotFound",
@@ -64,12 +80,16 @@ __all__ = [
     "NotEnoughMemory",
     "Progress",
     "QueueFull",
+    "RemoteFile",
+    "RemoteJob",
+    "RemoteResult",
     "Request",
     "Result",
     "StageFailed",
     "StageTime",
     "TriptychError",
     "Trust",
+    "Unreachable",
     "Unsupported",
     "WrongPayload",
     "__version__",

@@ -18,6 +18,7 @@ __all__ = [
     "QueueFull",
     "StageFailed",
     "TriptychError",
+    "Unreachable",
     "Unsupported",
     "WrongPayload",
     "error_class",
@@ -105,6 +106,12 @@ class PayloadLost(TriptychError):
     code = "payload_lost"
 
 
+class StorageFailed(TriptychError):
+    """Something cannot be kept, or read where it is kept: a disk is full, or a store does not answer."""
+
+    code = "storage_failed"
+
+
 class QueueFull(TriptychError):
     """No more jobs are taken for now; in about `retry_after` seconds there may be room."""
 
@@ -119,6 +126,12 @@ class NoWorker(TriptychError):
     """A stage that the job needs has no worker, or nothing is taken any more."""
 
     code = "no_worker"
+
+
+class Unreachable(TriptychError):
+    """A server does not answer, or not to the end."""
+
+    code = "unreachable"
 
 
 class Cancelled(TriptychError):

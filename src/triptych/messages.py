@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from triptych.request import StageName
+from triptych.request import StageName, VaeTask
 
 __all__ = [
     "MEDIA_TYPES",
@@ -56,7 +56,7 @@ __all__ = [
     "ticket_is_good",
 ]
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Changes with every change of what is said here; unequal ones refuse each other."""
 
 Route = Literal["reference", "memfd", "tcp", "mooncake"]
@@ -99,12 +99,19 @@ class Ticket(Part, frozen=True):
     token: bytes = b""
 
 
-MEDIA_TYPES = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg", "mp4": "video/mp4"}
+MEDIA_TYPES = {
+    "png": "image/png",
+    "webp": "image/webp",
+    "jpeg": "image/jpeg",
+    "mp4": "video/mp4",
+    "safetensors": "application/x-safetensors",
+}
 """What the files of each of an Encoding's formats are."""
 
 
 class Encoding(Part, frozen=True):
-    """Pictures or clips are to leave decode as files of this kind: png, webp, jpeg or mp4."""
+    """Pictures or clips are to leave decode as files of this kind: png, webp, jpeg or mp4; what a VAE's call makes also
+    as safetensors."""
 
     format: str
     fps: float | None = None
@@ -138,6 +145,8 @@ class Task(Part, frozen=True):
     """from decode: files instead of pixels"""
     checkpoint_seconds: float | None = None
     """seconds of work between two checkpoints; None: none"""
+    bare: VaeTask | None = None
+    """no pipeline's code: a call of the stage's VAE with the fields as options, on the tensor among the pictures"""
 
 
 # From a worker to the coordinator.
@@ -164,6 +173,8 @@ class Hello(Message, frozen=True):
     """its exchange's id"""
     secret: bytes = b""
     """tickets for its payloads are made with it"""
+    dtype: str = ""
+    """what most of its weights are held in, as torch names it"""
 
 
 class Loading(Message, frozen=True):
@@ -377,9 +388,20 @@ class Stop(Message, frozen=True):
 
 
 FromWorker = (
-    Hello | Loading | Ready | Heartbeat | Stepped | Checkpointed | TaskDone | Failed | Proved | Draining | Goodbye
+    Hello
+    | Loading
+    | Ready
+    | Heartbeat
+    | Stepped
+    | Checkpointed
+    | TaskDone
+    | Failed
+    | Proved
+    | Flushed
+    | Draining
+    | Goodbye
 )
-ToWorker = Welcome | Refused | Run | Cancel | Release | PeerGone | Prove | SetPreview | Drain | Stop
+ToWorker = Welcome | Refused | Run | Cancel | Release | PeerGone | Prove | Flush | SetPreview | Drain | Stop
 
 
 class _AnyHello(msgspec.Struct, frozen=True, tag="Hello"):

@@ -14,9 +14,11 @@ from triptych.errors import InvalidRequest
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Clip", "Progress", "Request", "Result", "StageName", "StageTime"]
+__all__ = ["Clip", "Progress", "Request", "Result", "StageName", "StageTime", "VaeTask"]
 
 StageName = Literal["encode", "denoise", "decode"]
+VaeTask = Literal["vae.decode", "vae.encode"]
+"""A task without a request: a call of the model's VAE by itself."""
 ImageFormat = Literal["png", "webp", "jpeg"]
 VideoFormat = Literal["mp4"]
 

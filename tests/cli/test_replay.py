@@ -61,3 +61,15 @@ def test_what_is_wrong_is_one_line(
 def test_a_state_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", "job1", "--state", str(tmp_path / "none")]) == 2
     assert "the folder that was given to `triptych serve --state`" in capsys.readouterr().err
+
+
+def test_a_task_that_was_kept_at_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep(tmp_path)
+    (tmp_path / "artifacts").chmod(0o700)
+    base = ["replay", "--artifacts", (tmp_path / "artifacts").as_uri(), "--device", "cpu"]
+    assert main([*base, "job1"]) == 0
+    assert capsys.readouterr().out.startswith("job job1 went well")
+    assert main([*base, "job2"]) == 2
+    assert "job: given 'job2'; allowed: one that failed" in capsys.readouterr().err
+    assert main(["replay", "job1"]) == 2
+    assert "--state" in capsys.readouterr().err

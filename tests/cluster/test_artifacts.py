@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+import time
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
+from triptych.cluster import object_store
 from triptych.cluster.artifacts import ArtifactFolder
 from triptych.errors import InvalidRequest
 
@@ -59,10 +64,14 @@ def test_deleting(root: str | Path) -> None:
     artifacts.delete("two")
     artifacts.delete("never")
     assert (artifacts.jobs(), artifacts.names("one"), artifacts.total_bytes()) == (["one"], {"b": 1}, 1)
+    artifacts.write("three", "a", b"again")
+    artifacts.delete("three")
+    artifacts.write("three", "a", b"anew")
     artifacts.delete("one", "b")
-    assert ArtifactFolder(root).jobs() == artifacts.jobs() == []
-    artifacts.write("one", "a", b"again")
-    assert artifacts.read("one", "a") == b"again"
+    assert artifacts.jobs() == ["three"] and artifacts.read("three", "a") == b"anew"
+    artifacts.close()
+    again = ArtifactFolder(root)
+    assert again.jobs() == ["three"] and again.read("three", "a") == b"anew", "not deleted behind its writer's back"
 
 
 def test_what_is_not_there_is_a_key_error(root: str | Path) -> None:
@@ -111,10 +120,11 @@ def test_an_unknown_kind_of_url_is_refused() -> None:
     assert caught.value.field == "artifacts"
 
 
-def test_a_url_has_no_path() -> None:
-    artifacts = ArtifactFolder(f"memory://{uuid4().hex}")
-    artifacts.write("job", "a", b"1")
-    assert artifacts.path("job", "a") is None
+def test_the_path_of_a_blob_is_a_file_with_what_it_holds(root: str | Path) -> None:
+    artifacts = ArtifactFolder(root)
+    artifacts.write("job", "a", b"12")
+    assert artifacts.path("job", "a").read_bytes() == b"12"
+    assert ArtifactFolder(root).path("job", "a").read_bytes() == b"12", "fetched, where it lies elsewhere"
 
 
 def test_a_write_that_fails_leaves_the_old_blob_and_nothing_else(
@@ -169,3 +179,134 @@ def test_writers_and_readers_do_not_meet(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.fixture
+def url() -> str:
+    return f"memory://{uuid4().hex}/a"
+
+
+class Outage:
+    """A store of which some calls fail for a time."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch = patch
+        self.calls = 0
+
+    def begin(self, *names: str) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            self.calls += 1
+            raise RuntimeError("SlowDown")
+
+        for name in names:
+            self.patch.setattr(MemoryFileSystem, name, fail)
+
+    def end(self) -> None:
+        self.patch.undo()
+
+
+@pytest.fixture
+def outage(monkeypatch: pytest.MonkeyPatch) -> Outage:
+    monkeypatch.setattr(object_store, "RETRY_SECONDS", 0.02)
+    return Outage(monkeypatch)
+
+
+def until(holds: Any) -> None:
+    ends = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+def test_a_store_that_fails_is_told_and_leaves_the_old_blob(url: str, outage: Outage) -> None:
+    artifacts = ArtifactFolder(url)
+    artifacts.write("job", "a", b"old")
+    outage.begin("put_file")
+    with pytest.raises(OSError, match=r"memory://\w+/a failed: SlowDown"):
+        artifacts.write("job", "a", b"newer")
+    with pytest.raises(OSError, match="SlowDown"):
+        artifacts.write("job", "b", b"new")
+    outage.end()
+    assert (artifacts.read("job", "a"), artifacts.names("job")) == (b"old", {"a": 3})
+    assert ArtifactFolder(url).read("job", "a") == b"old"
+
+
+def test_what_was_written_last_is_read_without_the_store(url: str, outage: Outage) -> None:
+    artifacts = ArtifactFolder(url)
+    artifacts.write("job", "a", b"1")
+    outage.begin("get_file", "cat_file", "open")
+    assert artifacts.read("job", "a") == b"1"
+    assert outage.calls == 0
+
+
+def test_a_read_that_fails_or_brings_less_is_an_error_and_never_a_wrong_blob(url: str, outage: Outage) -> None:
+    ArtifactFolder(url).write("job", "a", b"12345")
+    artifacts = ArtifactFolder(url)
+    outage.begin("get_file")
+    with pytest.raises(OSError, match="SlowDown"):
+        artifacts.read("job", "a")
+    outage.end()
+    outage.patch.setattr(MemoryFileSystem, "get_file", lambda self, at, to: Path(to).write_bytes(b"123") and None)
+    with pytest.raises(OSError, match="3 bytes of job/a; expected: 5"):
+        artifacts.read("job", "a")
+    outage.patch.undo()
+    assert artifacts.read("job", "a") == b"12345"
+
+
+def test_deletions_are_tried_until_the_store_takes_them(
+    url: str, outage: Outage, caplog: pytest.LogCaptureFixture
+) -> None:
+    artifacts = ArtifactFolder(url)
+    artifacts.write("job", "a", b"1")
+    artifacts.write("job", "b", b"2")
+    outage.begin("rm_file")
+    with caplog.at_level(logging.ERROR):
+        artifacts.delete("job")
+        until(lambda: outage.calls > 2)
+    assert artifacts.jobs() == [], "for whoever asks here it is gone"
+    with pytest.raises(KeyError):
+        artifacts.read("job", "a")
+    assert sum("cannot be removed yet" in record.getMessage() for record in caplog.records) == 1
+    outage.end()
+    artifacts.close()
+    assert ArtifactFolder(url).jobs() == []
+
+
+def test_what_is_written_soon_can_be_read_at_once_and_gets_there(url: str, outage: Outage) -> None:
+    artifacts = ArtifactFolder(url)
+    outage.begin("put_file")
+    artifacts.write_soon("job", "a", b"1")
+    assert artifacts.read("job", "a") == b"1"
+    until(lambda: outage.calls > 1)
+    outage.end()
+    artifacts.close()
+    assert ArtifactFolder(url).read("job", "a") == b"1"
+
+
+def test_copies_of_blobs_are_bounded(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "SPOOL_BYTES", 1000)
+    artifacts = ArtifactFolder(url, spool=tmp_path / "spool")
+    for number in range(50):
+        artifacts.write("job", f"blob{number}", bytes([number]) * 100)
+    assert sum(file.stat().st_size for file in (tmp_path / "spool").iterdir()) <= 2000
+    assert artifacts.read("job", "blob0") == bytes(100) and artifacts.read("job", "blob49") == b"1" * 100
+    artifacts.write("job", "large", bytes(5000))
+    assert artifacts.path("job", "large").stat().st_size == 5000
+    artifacts.close()
+    assert not (tmp_path / "spool").exists()
+
+
+def test_its_own_alone_is_deleted_at_the_end(url: str) -> None:
+    ArtifactFolder(url).write("other", "a", b"1")
+    mine = ArtifactFolder(url, own=True)
+    mine.write("job", "a", b"1")
+    assert mine.jobs() == ["job"]
+    mine.close()
+    assert ArtifactFolder(url).jobs() == ["other"]
+
+
+def test_a_store_that_cannot_be_written_is_refused_without_its_password(outage: Outage) -> None:
+    outage.begin("pipe_file")
+    with pytest.raises(InvalidRequest) as caught:
+        ArtifactFolder("memory://user:secret@host/a")
+    assert caught.value.field == "artifacts" and "secret" not in str(caught.value) and "SlowDown" in str(caught.value)

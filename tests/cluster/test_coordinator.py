@@ -351,6 +351,7 @@ def test_jobs_are_listed_newest_first_by_client_and_by_their_present_state() -> 
     assert ids() == ["c", "b", "a"] and ids(limit=1) == ["c"] and ids(before="c") == ["b", "a"]
     assert ids(client="x") == ["c", "a"] and ids(states=["cancelled"]) == ["b"]
     assert ids(states=["running"]) == ["a"] and ids(states=["queued"]) == ["c"] and worker.held
+    assert ids(states=["running"], limit=1) == ["a"], "the store has it as queued, like the younger one"
 
 
 def test_a_record_once_given_does_not_change() -> None:

@@ -14,7 +14,7 @@ from triptych.errors import InvalidRequest
 
 
 def run(path: Path) -> ToyCluster:
-    cluster = ToyCluster(trace=Trace(path))
+    cluster = ToyCluster(observers=[Trace(path)])
     for stage in STAGES:
         cluster.worker(stage, credits=1)
     for job in ("a", "b"):
@@ -83,7 +83,7 @@ def test_lost_workers_are_marked(tmp_path: Path) -> None:
 
 def test_a_full_disk_ends_the_trace_and_no_job(caplog: pytest.LogCaptureFixture) -> None:
     trace = Trace(Path("/dev/full"))
-    cluster = ToyCluster(trace=trace)
+    cluster = ToyCluster(observers=[trace])
     cluster.worker()
     cluster.submit("a")
     trace.mark("w0", "x" * (1 << 17), 0.0)

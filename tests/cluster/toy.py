@@ -162,14 +162,14 @@ class ToyWorker:
         resumed = task.checkpoint is not None
         self.say(
             TaskDone(
-                job=job, stage=task.stage, attempt=task.attempt, descriptor=self.publish(), seconds=1.0, steps=1,
-                peak_bytes=1, **{"resumed_at": 1 if resumed else 0, **more},
+                job=job, stage=task.stage, attempt=task.attempt, descriptor=self.publish(), seconds=1.0,
+                peak_bytes=1, **{"steps": 1, "resumed_at": 1 if resumed else 0, **more},
             )
         )  # fmt: skip
 
-    def step(self, job: str, step: int = 1, seconds: float = 0.1) -> None:
+    def step(self, job: str, step: int = 1, seconds: float = 0.1, steps: int = 4) -> None:
         task = self.held[job]
-        self.say(Stepped(job=job, stage=task.stage, attempt=task.attempt, step=step, steps=4, seconds=seconds))
+        self.say(Stepped(job=job, stage=task.stage, attempt=task.attempt, step=step, steps=steps, seconds=seconds))
 
     def checkpoint(self, job: str, step: int) -> None:
         task, descriptor = self.held[job], self.publish()

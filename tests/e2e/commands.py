@@ -100,10 +100,10 @@ class Command:
 
 
 class Server(Command):
-    """`triptych serve emoji` on a free port, ready when this returns."""
+    """`triptych serve emoji` (or another model) on a free port, ready when this returns."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
-        super().__init__(folder, "serve", "emoji", "--device", "cpu", "--port", "0", *words)
+    def __init__(self, folder: Path, *words: str, model: str = "emoji") -> None:
+        super().__init__(folder, "serve", model, "--device", "cpu", "--port", "0", *words)
         try:
             line = self.line()
             assert line.startswith("ready: "), line

@@ -171,7 +171,7 @@ def test_workers_wait_long_for_a_killed_engine_only_where_another_may_come(state
     words: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(opening.Opening))
     asked = opening.Opening(**{**words, "model": "emoji", "trust": Trust(), "state": state})
     (slot,) = Layout.fused().slots(("encode", "denoise", "decode"))
-    command = opening._command(asked, Layout.fused(), slot, "ipc://x")
+    command = opening._command(asked, Layout.fused(), slot, "ipc://x", Path("folder"))
     assert command[command.index("--orphan-seconds") + 1] == seconds
 
 

@@ -11,6 +11,9 @@ from tests.server.fake import FakeEngine
 from triptych.config import ServeSection
 from triptych.server import create_app
 
+LOCAL = "http://localhost"
+"""The base URL of a test's client: the server wants to be called by a name of its own."""
+
 
 @pytest.fixture
 def engine() -> FakeEngine:
@@ -20,5 +23,5 @@ def engine() -> FakeEngine:
 @pytest.fixture
 def client(engine: FakeEngine) -> Iterator[TestClient]:
     app = create_app(engine, ServeSection(max_body=100_000), version="1")
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, LOCAL, raise_server_exceptions=False) as client:
         yield client

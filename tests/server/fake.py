@@ -6,13 +6,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from triptych.cluster.jobs import ENDED, JobRecord, JobSpec, JobState, Outcome, StageSpec
-from triptych.messages import Stepped
+from triptych.cluster import Estimate, Status, Totals
+from triptych.cluster.flushing import FlushReport
+from triptych.cluster.jobs import ENDED, Failure, JobRecord, JobSpec, JobState, Outcome, StageSpec
+from triptych.errors import InvalidRequest
+from triptych.messages import Encoding, Stepped
+from triptych.model import VaeCall
 from triptych.model.topology import STAGES, Defaults, Source, StageTopology, Topology
 from triptych.request import Request
 
@@ -55,8 +60,27 @@ class Taken:
     id: str
 
 
-class Counts(msgspec.Struct):
-    jobs: dict[str, int]
+@dataclass(frozen=True)
+class Hand:
+    """What a status says of a worker."""
+
+    stages: tuple[str, ...] = STAGES
+    device: str = "cpu"
+    dtype: str = "torch.float32"
+    name: str = "hand"
+    state: str = "idle"
+    tasks: int = 0
+    memory_bytes: int = 1000
+    free_bytes: int = 500
+    kept_bytes: int = 0
+    weights: dict[str, int] = field(default_factory=dict)
+
+
+def _shape(request: Request) -> dict[str, Any]:
+    """What a request says of the size of what is made, where it says all of it."""
+    sides = {"width": request.width, "height": request.height}
+    length = {"num_frames": request.num_frames, "fps": request.fps or 16.0} if request.num_frames else {}
+    return {**sides, **length} if all(sides.values()) else {}
 
 
 @dataclass
@@ -72,24 +96,61 @@ class FakeEngine:
     drained: threading.Event = field(default_factory=threading.Event)
     """set by a test that lets `drain` return"""
     closed: bool = False
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+    vae_calls: list[tuple[VaeCall, bytes, dict[str, Any]]] = field(default_factory=list)
+    vae_made: File | Failure | None = None
+    """what a call of the VAE ends with at once; None: it does not end by itself"""
+
+    workers: tuple[Hand, ...] = ()
+    flushed: FlushReport = FlushReport()
+    """what a flush reports"""
 
     watchers: dict[str, list[Callable[[Any], None]]] = field(default_factory=dict)
 
     def submit(self, request: Request, **options: Any) -> Taken:
         if self.refuse is not None:
             raise self.refuse
+        if (check := options.pop("check", None)) is not None:
+            check(request)
+        named, digest = options.pop("id", None), options.pop("digest", "")
+        if named in self.views:
+            raise InvalidRequest.of("id", named, "an id that no other job has")
         self.submitted.append((request, options))
-        job = f"job{len(self.submitted)}"
+        job = named or f"job{len(self.submitted)}"
         stages = tuple(StageSpec(stage=name, fields={}) for name in STAGES)
         spec = JobSpec(
             id=job, stages=stages, seed=7, workflow="text2image", priority=options.get("priority", 0),
-            client=options.get("client", ""), preview=options.get("preview", False),
-            request={"prompt": request.prompt, "seed": 7}, warnings=("a word it was never taught",),
+            client=options.get("client", ""), preview=options.get("preview", False), digest=digest,
+            request={"prompt": request.prompt, "seed": 7, **_shape(request)}, warnings=("a word it was never taught",),
+            encoding=Encoding(format="mp4" if self.topology.makes == "video" else request.output_format or "png"),
         )  # fmt: skip
         self.views[job] = View(
             JobRecord(spec=spec, submitted=time.time(), attempts=[0, 0, 0]), position=len(self.views)
         )
         return Taken(job)
+
+    def submit_vae(self, call: VaeCall, data: bytearray, **options: Any) -> str:
+        if self.refuse is not None:
+            raise self.refuse
+        self.vae_calls.append((call, bytes(data), options))
+        job = f"vae{len(self.vae_calls)}"
+        spec = JobSpec(
+            id=job, stages=(StageSpec(stage="decode", fields={}),), seed=0, workflow=call.task, bare=call.task,
+            client=options.get("client", ""), encoding=options["encoding"],
+        )  # fmt: skip
+        self.views[job] = View(JobRecord(spec=spec, submitted=time.time(), attempts=[0]), position=len(self.views))
+        if isinstance(self.vae_made, File):
+            self.files[job] = [self.vae_made]
+            self.put(job, "done", ended=time.time())
+        elif self.vae_made is not None:
+            self.put(job, "failed", ended=time.time(), failures=[self.vae_made])
+        return job
+
+    def id_of(self, client: str, name: str) -> str:
+        return sha256(f"{client} {name}".encode()).hexdigest()[:32]
+
+    def estimate(self, job: str) -> Estimate:
+        return self.estimates.get(job, Estimate())
 
     def put(self, job: str, state: JobState, **changes: Any) -> None:
         """A job gets to another state; whoever watches it hears of its end."""
@@ -145,8 +206,19 @@ class FakeEngine:
     def result_files(self, job: str) -> list[File]:
         return self.files.get(job, [])
 
-    def status(self) -> Counts:
-        return Counts({"queued": len(self.views)})
+    def status(self) -> Status:
+        jobs = {"queued": len(self.views)}
+        totals = Totals(**dict.fromkeys(Totals.__struct_fields__, 0))
+        workers: Any = self.workers
+        return Status(
+            coordinator="toy", uptime=1.0, stages=(), workers=workers, jobs=jobs, totals=totals, missing=(),
+            fetching=0, draining=False, max_queue=256,
+        )  # fmt: skip
+
+    def flush(self, timeout: float = 30.0) -> FlushReport:
+        if self.refuse is not None:
+            raise self.refuse
+        return self.flushed
 
     def missing_stages(self) -> tuple[str, ...]:
         return self.missing

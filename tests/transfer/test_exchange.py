@@ -370,3 +370,26 @@ def test_a_port_in_use_is_one_clear_line() -> None:
         port = int(a.addresses[0].at.rpartition(":")[2])
         with pytest.raises(Unsupported, match=r"cannot listen on 127\.0\.0\.1"):
             Exchange(TransferSettings(**SMALL_POOL, routes=("tcp",), port=port))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_trimming_keeps_what_is_kept_or_held_and_everything_crosses_afterwards(
+    route: str, pairs: Callable[..., Pair]
+) -> None:
+    pair = pairs(route)
+    sent = torch.rand(3 * MIB // 4)
+    ticket = pair.ticket(Payload({"x": sent}))
+    with pair.b.fetch(pair.ticket(Payload({"x": sent}))) as held:
+        assert pair.a.trim() == 0
+        pair.b.trim()
+        assert torch.equal(held.payload.values["x"], sent)
+        with pair.b.fetch(ticket) as got:
+            assert torch.equal(got.payload.values["x"], sent)
+    for name in list(pair.a._shelf._kept):
+        pair.a.release(name)
+    held_bytes = pair.a.stats().pool_bytes
+    assert pair.a.trim() == held_bytes and pair.a.stats().pool_bytes == 0
+    pair.b.trim()
+    assert pair.b.stats().arriving_bytes == 0
+    with pair.b.fetch(pair.ticket(Payload({"x": sent}))) as got:
+        assert torch.equal(got.payload.values["x"], sent)

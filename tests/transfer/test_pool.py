@@ -115,3 +115,17 @@ def test_a_mapping_outlives_whoever_closes_it() -> None:
     view[:] = 9
     pool.close()
     assert int(np.asarray(view, dtype=np.int64).sum()) == 9 * PAGE
+
+
+def test_trimming_gives_up_what_is_empty_and_nothing_else() -> None:
+    dropped: list[Segment] = []
+    pool = Pool(4 * PAGE, 64 * PAGE, shared=False, dropped=dropped.append)
+    kept, freed = pool.reserve(4 * PAGE, 0.0), pool.reserve(8 * PAGE, 0.0)
+    kept.view[:] = 7
+    assert pool.trim() == 0
+    pool.free(freed)
+    assert pool.trim() == 8 * PAGE and pool.bytes == 4 * PAGE and dropped == [freed.segment]
+    assert (kept.view == 7).all()
+    assert pool.trim() == 0
+    assert pool.reserve(8 * PAGE, 0.0).size == 8 * PAGE, "it grows again"
+    pool.close()

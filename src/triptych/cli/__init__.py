@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ app.command()(serve)
 app.command()(worker)
 app.command()(status)
 app.add_typer(layout, name="layout")
-app.command()(keys)
+app.add_typer(keys, name="keys")
 app.command()(replay)
 app.command()(check)
 app.command()(doctor)
@@ -77,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given[:ours]
     given = [word for at, word in enumerate(given) if at >= ours or word != "--debug"]
     hush()
+    # Before torch is imported, here and in worker processes: threads that spin while they wait for one another take
+    # seconds over what takes milliseconds, once processes share processors.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     atexit.register(gc.freeze)  # or the interpreter spends a second of its end on looking through all of torch
     try:
         return _run(given or ["--help"])

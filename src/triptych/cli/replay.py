@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +15,7 @@ import typer
 from triptych.cli.console import human_bytes, table_console
 from triptych.cli.generation import DEFAULT_MODEL
 from triptych.cli.options import AllowPickle, AllowRemoteCode, Device, Dtype, Offline, Revision, Threads
-from triptych.errors import InvalidRequest
+from triptych.errors import InvalidRequest, StorageFailed
 
 if TYPE_CHECKING:
     from triptych.stage import Output
@@ -24,7 +27,8 @@ _JOB = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 
 def replay(
     job: Annotated[str, typer.Argument(help="The id of a job that failed.")],
-    state: Annotated[Path, typer.Option(metavar="DIR", help="The --state of the server that ran it.")],
+    state: Annotated[Path | None, typer.Option(metavar="DIR", help="The --state of the server that ran it.")] = None,
+    artifacts: Annotated[str | None, typer.Option(metavar="URL", help="Its --artifacts, if it had any.")] = None,
     stage: Annotated[
         str | None, typer.Option(help="The stage that failed.", show_default="the one that was kept")
     ] = None,
@@ -45,7 +49,6 @@ def replay(
     """
     from triptych.config import parse_stages
 
-    folder = _folder(state, job)
     wanted = None if stage is None else parse_stages(stage)
     if wanted is not None and len(wanted) != 1:
         raise InvalidRequest.of("stage", stage, "one stage")
@@ -62,13 +65,43 @@ def replay(
         trust=Trust(pickle_weights=allow_pickle, remote_code=allow_remote_code),
         threads=threads,
     )
-    _show(replay_task(folder, settings, None if wanted is None else wanted[0]), as_json)
+    with _kept(state, artifacts, job) as folder:
+        _show(replay_task(folder, settings, None if wanted is None else wanted[0]), as_json)
 
 
-def _folder(state: Path, job: str) -> Path:
-    """Where the server kept a job's task. Raises InvalidRequest if there is none."""
+@contextlib.contextmanager
+def _kept(state: Path | None, artifacts: str | None, job: str) -> Iterator[Path]:
+    """The folder with a job's task. Raises InvalidRequest if there is none, StorageFailed if it cannot be had."""
     if not _JOB.fullmatch(job):
         raise InvalidRequest.of("job", job, "a job's id: letters, digits, hyphens and underscores")
+    if artifacts is None:
+        yield _folder(state, job)
+        return
+    with tempfile.TemporaryDirectory(prefix="triptych-") as made:
+        _fetch(artifacts, job, Path(made))
+        yield Path(made)
+
+
+def _fetch(artifacts: str, job: str, folder: Path) -> None:
+    from triptych.cluster import ArtifactFolder
+
+    found = ArtifactFolder(artifacts)
+    try:
+        names = [name for name in found.names(job) if name.startswith("failed.")]
+        if "failed.task" not in names:
+            raise InvalidRequest.of("job", job, f"one that failed and has not expired; {artifacts} has no failed.task")
+        for name in names:
+            (folder / name).write_bytes(found.view(job, name))
+    except OSError as error:
+        raise StorageFailed(str(error), field="artifacts") from error
+    finally:
+        found.close()
+
+
+def _folder(state: Path | None, job: str) -> Path:
+    """Where the server kept a job's task. Raises InvalidRequest if there is none."""
+    if state is None:
+        raise InvalidRequest.of("state", "none", "the folder that was given to `triptych serve --state`")
     folder = state / "artifacts" / job
     if not state.is_dir():
         raise InvalidRequest.of("state", str(state), "the folder that was given to `triptych serve --state`")

@@ -25,13 +25,14 @@ from triptych.cli.options import (
 from triptych.errors import InvalidRequest, Unsupported
 
 if TYPE_CHECKING:
-    from triptych.config import Layout
-    from triptych.server import Door
+    from triptych.cluster import Observer
+    from triptych.config import Layout, ServeSection
+    from triptych.server import Door, KeyRing
 
 __all__ = ["serve"]
 
 _STOPPED = 1
-_NEEDED = ("fastapi", "uvicorn")
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 DRAIN_SECONDS = 600.0
 _LONGEST_DRAIN = 7 * 24 * 3600.0
 
@@ -60,6 +61,20 @@ def serve(
     keys: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keys for --listen, made by `triptych keys`.")
     ] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Who may use it, made by `triptych keys api`.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Answer on a public address without API keys.")
+    ] = False,
+    artifacts: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Results and checkpoints lie there, as s3://…", show_default="in --state"),
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json.", show_default="text")] = None,
+    otlp: Annotated[
+        str | None, typer.Option(metavar="URL", help="Send traces to this OpenTelemetry collector.")
+    ] = None,
     trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a timeline that Perfetto opens.")] = None,
     device: Annotated[str | None, typer.Option(help="Of every worker, as in generate.", show_default="auto")] = None,
     dtype: Dtype = None,
@@ -79,12 +94,14 @@ def serve(
     Prints its URL once it is ready. SIGTERM or Ctrl-C finishes what runs and ends; twice stops at once.
     """
     served = chosen_model(model, model_path, DEFAULT_MODEL)
+    _check_installed()
     if not 0 <= drain <= _LONGEST_DRAIN:
         raise InvalidRequest.of("drain", drain, f"0 to {_LONGEST_DRAIN:.0f} seconds")
     from triptych.config import Layout
 
     wanted = Layout.of(layout).overridden(
-        device=device, dtype=dtype, threads=threads, capacity=capacity, listen=listen, keys=keys, host=host, port=port
+        device=device, dtype=dtype, threads=threads, capacity=capacity, listen=listen, keys=keys, host=host, port=port,
+        api_keys=api_keys, insecure=insecure or None, artifacts=artifacts, log_format=log_format, otlp=otlp,
     )
     options: dict[str, Any] = {
         "workflow": workflow,
@@ -96,8 +113,11 @@ def serve(
         "revision": revision,
         "offline": offline,
         "preview_vae": None if preview_vae is None else str(preview_vae),
+        "artifacts": wanted.serve.artifacts,
+        "signed": __version__ if wanted.serve.settings_in_files else None,
+        "observers": _observers(wanted.serve, served),
     }
-    with Display() as display:
+    with Display(quiet=wanted.serve.log_format == "json") as display:
         run(wanted, lambda: open_engine(served, display, allow_pickle, allow_remote_code, options), drain)
 
 
@@ -109,36 +129,37 @@ def open_engine(
 
     trust = Trust(pickle_weights=allow_pickle, remote_code=allow_remote_code)
     display.say(f"opening {model}")
-    return Engine.open(model, isolate=True, trust=trust, report=display.loaded, **options)
+    return Engine.open(model, isolate=True, trust=trust, report=display.loaded, meanwhile=_import_door, **options)
+
+
+def _import_door() -> None:
+    """While the workers start: it would take a tenth of their time afterwards."""
+    from triptych.server import create_app, serve_app  # noqa: F401
 
 
 def run(layout: Layout, opening: Callable[[], Door], drain: float) -> None:
     """Takes the port, opens the engine, and serves until a signal. Raises TriptychError; exits with 1 where it was
     stopped before it was drained."""
-    import logging
-    from importlib.util import find_spec
+    from triptych.server import bind, on_signals
 
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        raise Unsupported(f"serving needs {' and '.join(missing)}: pip install 'triptych[serve]'")
-    from triptych.server import bind, create_app, on_signals, serve_app
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its starting and ending are ours to tell
     door = layout.serve
+    _log_as(door.log_format)
     # What the layout says; where it says nothing, a client is better off knowing at once.
     refuses_missing = layout.limits.given().get("missing_worker", "fail") == "fail"
     with bind(door.host, door.port) as sock:
-        _warn_if_public(door.host)
+        keys = _keys(door)
+        _check_address(door, sock.getsockname()[0], keys)
         with on_signals(_interrupt):
             engine = opening()
+            from triptych.server import create_app, serve_app
+
             try:
                 drained = serve_app(
-                    create_app(engine, door, version=__version__, refuses_missing=refuses_missing),
+                    create_app(engine, door, version=__version__, keys=keys, refuses_missing=refuses_missing),
                     sock,
                     ready=lambda url: print(f"ready: {url}", flush=True),
                     drain=lambda: engine.drain(drain),
-                    tell=note,
+                    tell=_teller(door, note),
                 )
             finally:
                 with on_signals(lambda number, frame: None):  # closing is short, and what is half closed stays behind
@@ -147,11 +168,67 @@ def run(layout: Layout, opening: Callable[[], Door], drain: float) -> None:
         raise typer.Exit(_STOPPED)
 
 
-def _warn_if_public(host: str) -> None:
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise Unsupported(f"serving needs {' and '.join(missing)}: pip install 'triptych[serve]'")
+
+
+def _observers(door: ServeSection, model: str) -> list[Observer]:
+    from triptych.server import JobLog
+
+    log = JobLog(door.log_prompts)
+    if door.otlp is None:
+        return [log]
+    try:
+        from triptych.server import spans_to
+    except ModuleNotFoundError as error:
+        raise Unsupported(f"traces need {error.name}: pip install 'triptych[otel]'", field="otlp") from None
+    return [log, spans_to(door.otlp, __version__, model, door.log_prompts)]
+
+
+def _log_as(format: str) -> None:
+    import logging
+
+    from triptych.server import log_formatter
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(log_formatter(format))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.captureWarnings(format == "json")
+    # uvicorn's starting and ending are ours to tell, and what is fetched may have secrets in its URL.
+    for name in ("uvicorn.error", "httpx", "httpcore", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _teller(door: ServeSection, say: Callable[[str], None]) -> Callable[[str], None]:
+    """How a person is told something: by `say`, or where a program reads along, by the log."""
+    import logging
+
+    return say if door.log_format == "text" else logging.getLogger("triptych.server").warning
+
+
+def _keys(door: ServeSection) -> KeyRing | None:
+    if door.api_keys is None and door.api_keys_env is None:
+        return None
+    from triptych.server import key_ring
+
+    return key_ring(door)
+
+
+def _check_address(door: ServeSection, address: str, keys: KeyRing | None) -> None:
+    """Raises InvalidRequest for an address that others reach, where nobody asks them for a key."""
     from triptych.config import is_loopback
 
-    if not is_loopback(host):
-        warn(f"{host} is reachable from other machines, and whoever reaches it may submit, see and cancel jobs")
+    if keys or is_loopback(address):
+        return
+    if not door.insecure:
+        allowed = "127.0.0.1, or any with --api-keys FILE, or with --insecure, which lets everybody in who reaches it"
+        raise InvalidRequest.of("host", door.host, allowed)
+    text = f"{door.host} is reachable from other machines, and whoever reaches it may submit, see and cancel jobs"
+    _teller(door, warn)(text)
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,9 @@ def worker(
     folder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Private folder for its socket.", show_default="a new one")
     ] = None,
+    topology: Annotated[
+        Path | None, typer.Option(metavar="FILE", hidden=True, help="Set by the server that starts it.")
+    ] = None,
     preview_vae: PreviewVae = None,
     orphan_seconds: Annotated[float, typer.Option(help="Ends after so long without a coordinator.")] = 60.0,
     drain_seconds: Annotated[float, typer.Option(help="How long others may still fetch once it is stopped.")] = 60.0,
@@ -70,6 +74,7 @@ def worker(
             raise InvalidRequest.of(field, seconds, "seconds above 0")
     settings = parse_transfer(transfer or [])
     keys = _keys(join, key)
+    gc.disable()  # all that is imported now stays: looking through it again and again takes a tenth of the start
     from triptych.model import Trust
     from triptych.worker import WorkerSettings, worker_main
 
@@ -96,6 +101,7 @@ def worker(
         keys,
         orphan_seconds=orphan_seconds,
         folder=folder,
+        topology=topology,
     )
     raise typer.Exit(code)
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from triptych.cluster.coordinator import Coordinator
     from triptych.cluster.delivery import Watcher
     from triptych.cluster.endpoints import private_folder
+    from triptych.cluster.estimate import Estimate
+    from triptych.cluster.flushing import FlushReport, WorkerFlush
     from triptych.cluster.jobs import (
         ENDED,
         Failure,
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
         remove_client,
     )
     from triptych.cluster.limits import Limits
+    from triptych.cluster.measures import BOUNDS, Measures
     from triptych.cluster.memory_store import MemoryStore
     from triptych.cluster.network import Listener
+    from triptych.cluster.observers import Observer
     from triptych.cluster.sqlite_store import SqliteStore
     from triptych.cluster.status import StageStatus, Status, Totals, WorkerStatus
     from triptych.cluster.supervisor import RestartPolicy, SlotState, Supervisor, WorkerSlot
@@ -47,6 +51,8 @@ _ROOMS = {
     "coordinator": ("Coordinator",),
     "delivery": ("Watcher",),
     "endpoints": ("private_folder",),
+    "estimate": ("Estimate",),
+    "flushing": ("FlushReport", "WorkerFlush"),
     "jobs": (
         "ENDED",
         "Failure",
@@ -71,8 +77,10 @@ _ROOMS = {
         "remove_client",
     ),
     "limits": ("Limits",),
+    "measures": ("BOUNDS", "Measures"),
     "memory_store": ("MemoryStore",),
     "network": ("Listener",),
+    "observers": ("Observer",),
     "sqlite_store": ("SqliteStore",),
     "status": ("StageStatus", "Status", "Totals", "WorkerStatus"),
     "supervisor": ("RestartPolicy", "SlotState", "Supervisor", "WorkerSlot"),
@@ -81,11 +89,14 @@ _ROOMS = {
 _HOME = {name: f"{__name__}.{room}" for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
+    "BOUNDS",
     "ENDED",
     "ArtifactFolder",
     "ClientKeys",
     "Coordinator",
+    "Estimate",
     "Failure",
+    "FlushReport",
     "JobRecord",
     "JobSpec",
     "JobState",
@@ -95,7 +106,9 @@ __all__ = [
     "Limits",
     "Link",
     "Listener",
+    "Measures",
     "MemoryStore",
+    "Observer",
     "Outcome",
     "RestartPolicy",
     "ServerKeys",
@@ -109,6 +122,7 @@ __all__ = [
     "Totals",
     "Trace",
     "Watcher",
+    "WorkerFlush",
     "WorkerSlot",
     "WorkerStatus",
     "load_client_keys",

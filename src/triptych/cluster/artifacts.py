@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote
@@ -29,39 +29,63 @@ class ArtifactFolder:
     """Where blobs lie under a job and a name: `ROOT/job/name`. Thread-safe.
 
     `root`: a local folder, made with mode 0700 (its files 0600), or a URL that fsspec knows (`s3://…`, `memory://…`).
-    A blob is there whole or not at all, and locally on the disk when `write` returns. Names are letters, digits, dots,
-    hyphens and underscores; others raise InvalidRequest. What is not there raises KeyError.
+    A blob is there whole or not at all, and lasts when `write` returns. Names are letters, digits, dots, hyphens and
+    underscores; others raise InvalidRequest. What is not there raises KeyError, a store that fails OSError.
+
+    Of a URL, `spool` is a private local folder for what was written and read last (None: a temporary one), so that
+    nobody waits for the store twice; deletions are carried out in the background, and again until the store takes them.
+    `own`: what others have written below the URL is not looked at, and `close` deletes what was written by this one.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self._place: _Place = _place(root)
+    def __init__(self, root: str | Path, *, spool: Path | None = None, own: bool = False) -> None:
         self._lock = threading.Lock()
-        self._sizes = self._place.sizes()
+        self._sizes: dict[str, dict[str, int]] = {}
+        self._own = own
+        self._place: Place = _place(root, spool, self._has)
+        if not own:
+            self._sizes = self._place.sizes()
+
+    def _has(self, job: str, name: str) -> bool:
+        with self._lock:
+            return name in self._sizes.get(job, {})
 
     def write(self, job: str, name: str, *parts: Blob) -> int:
         """Writes a blob of these parts, in place of one of that name; returns its bytes. Raises OSError."""
+        return self._write(job, name, parts, later=False)
+
+    def write_soon(self, job: str, name: str, *parts: Blob) -> int:
+        """The same, but a blob behind a URL may only get there after the return; it can be read at once."""
+        return self._write(job, name, parts, later=True)
+
+    def _write(self, job: str, name: str, parts: Iterable[Blob], later: bool) -> int:
         _check(job, name)
-        size = self._place.write(job, name, parts)
-        with self._lock:
-            self._sizes.setdefault(job, {})[name] = size
-        return size
+
+        def note(size: int) -> None:
+            with self._lock:
+                self._sizes.setdefault(job, {})[name] = size
+
+        return self._place.write(job, name, parts, note, later)
 
     def read(self, job: str, name: str) -> bytes:
         """A blob's bytes."""
         return bytes(self.view(job, name))
 
     def view(self, job: str, name: str) -> memoryview:
-        """A blob, read-only; of a local file mapped, so that nothing is read before it is used."""
-        _check(job, name)
+        """A blob, read-only; mapped, so that of a local file nothing is read before it is used."""
+        with self._found(job, name):
+            return _mapped(self._place.path(job, name, self.size(job, name)))
+
+    def path(self, job: str, name: str) -> Path:
+        """The blob's file; of a blob behind a URL a copy, which stays for a while."""
+        with self._found(job, name):
+            return self._place.path(job, name, self.size(job, name))
+
+    @contextlib.contextmanager
+    def _found(self, job: str, name: str) -> Iterator[None]:
         try:
-            return self._place.view(job, name)
+            yield
         except FileNotFoundError:
             raise KeyError(f"{job}/{name}") from None
-
-    def path(self, job: str, name: str) -> Path | None:
-        """The blob's file; None where the root is no local folder."""
-        self.size(job, name)
-        return self._place.path(job, name)
 
     def size(self, job: str, name: str) -> int:
         """A blob's bytes, counted."""
@@ -91,20 +115,31 @@ class ArtifactFolder:
     def delete(self, job: str, name: str | None = None) -> None:
         """Removes a job's blob, or all it has. What is not there already is fine; open views stay good."""
         _check(job, *([] if name is None else [name]))
-        self._place.delete(job, name)
         with self._lock:
-            if name is not None:
-                self._sizes.get(job, {}).pop(name, None)
-            if name is None or not self._sizes.get(job):
+            known = list(self._sizes.get(job, {}))
+            if name is None:
                 self._sizes.pop(job, None)
+            else:
+                self._sizes.get(job, {}).pop(name, None)
+                if not self._sizes.get(job):
+                    self._sizes.pop(job, None)
+        self._place.delete(job, known if name is None else [name], whole=name is None)
+
+    def close(self) -> None:
+        """Waits a moment for what is still to be carried out. Twice is fine."""
+        for job in self.jobs() if self._own else ():
+            self.delete(job)
+        self._place.close()
 
 
-class _Place(Protocol):
+class Place(Protocol):
+    """Where the blobs really are."""
+
     def sizes(self) -> dict[str, dict[str, int]]: ...
-    def write(self, job: str, name: str, parts: Iterable[Blob]) -> int: ...
-    def view(self, job: str, name: str) -> memoryview: ...
-    def path(self, job: str, name: str) -> Path | None: ...
-    def delete(self, job: str, name: str | None) -> None: ...
+    def write(self, job: str, name: str, parts: Iterable[Blob], note: Callable[[int], None], later: bool) -> int: ...
+    def path(self, job: str, name: str, size: int) -> Path: ...
+    def delete(self, job: str, names: list[str], whole: bool) -> None: ...
+    def close(self) -> None: ...
 
 
 class _Local:
@@ -121,7 +156,7 @@ class _Local:
                 found.setdefault(file.parent.name, {})[file.name] = file.stat().st_size
         return found
 
-    def write(self, job: str, name: str, parts: Iterable[Blob]) -> int:
+    def write(self, job: str, name: str, parts: Iterable[Blob], note: Callable[[int], None], later: bool) -> int:
         folder = self._root / job
         temporary = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
         try:
@@ -135,6 +170,7 @@ class _Local:
             raise
         for changed in (folder, self._root):
             _sync(changed)
+        note(size)
         return size
 
     def _new_file(self, path: Path) -> Any:
@@ -145,68 +181,39 @@ class _Local:
                 return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
         raise FileNotFoundError(f"{path.parent} is removed again and again")
 
-    def view(self, job: str, name: str) -> memoryview:
-        with open(self._root / job / name, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                return memoryview(b"")
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-    def path(self, job: str, name: str) -> Path | None:
+    def path(self, job: str, name: str, size: int) -> Path:
         return self._root / job / name
 
-    def delete(self, job: str, name: str | None) -> None:
+    def delete(self, job: str, names: list[str], whole: bool) -> None:
         folder = self._root / job
-        if name is None:
+        if whole:
             shutil.rmtree(folder, ignore_errors=True)
-        else:
+            return
+        for name in names:
             (folder / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # not empty, or not there
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # not empty, or not there
+            folder.rmdir()
+
+    def close(self) -> None:
+        pass
 
 
-class _Remote:
-    """An object store writes a blob whole or not at all."""
-
-    def __init__(self, url: str) -> None:
-        import fsspec  # slow to import, and needed only here
-
-        try:
-            self._system, self._root = fsspec.core.url_to_fs(url)
-            self._system.makedirs(self._root, exist_ok=True)
-        except (ValueError, ImportError, OSError) as error:
-            raise InvalidRequest(f"{url} cannot be used: {error}", field="artifacts") from None
-
-    def sizes(self) -> dict[str, dict[str, int]]:
-        found: dict[str, dict[str, int]] = {}
-        prefix = self._root.strip("/")
-        for path, info in self._system.find(self._root, detail=True).items():
-            job, _, name = path.strip("/").removeprefix(prefix).strip("/").partition("/")
-            if _NAME.fullmatch(job) and _NAME.fullmatch(name):
-                found.setdefault(job, {})[name] = int(info["size"])
-        return found
-
-    def write(self, job: str, name: str, parts: Iterable[Blob]) -> int:
-        data = b"".join(parts)
-        self._system.makedirs(f"{self._root}/{job}", exist_ok=True)
-        self._system.pipe_file(f"{self._root}/{job}/{name}", data)
-        return len(data)
-
-    def view(self, job: str, name: str) -> memoryview:
-        return memoryview(self._system.cat_file(f"{self._root}/{job}/{name}"))
-
-    def path(self, job: str, name: str) -> Path | None:
-        return None
-
-    def delete(self, job: str, name: str | None) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._system.rm(f"{self._root}/{job}" + (f"/{name}" if name else ""), recursive=name is None)
+def _mapped(path: Path) -> memoryview:
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _place(root: str | Path) -> _Place:
+def _place(root: str | Path, spool: Path | None, wanted: Callable[[str, str], bool]) -> Place:
     scheme, separator, rest = str(root).partition("://")
     if isinstance(root, Path) or not separator:
         return _Local(Path(root).absolute())
-    return _Local(Path(unquote(rest))) if scheme in {"file", "local"} else _Remote(str(root))
+    if scheme in {"file", "local"}:
+        return _Local(Path(unquote(rest)))
+    from triptych.cluster.object_store import ObjectStore  # fsspec is slow to import, and needed only there
+
+    return ObjectStore(str(root), spool, wanted)
 
 
 def _check(*names: str) -> None:

@@ -12,6 +12,8 @@ from threading import Condition, RLock
 
 from triptych.cluster.delivery import Delivery, Watcher
 from triptych.cluster.effects import Effects, outcome_of
+from triptych.cluster.estimate import Estimate
+from triptych.cluster.flushing import Flushing, FlushReport
 from triptych.cluster.jobs import (
     JobRecord,
     JobSpec,
@@ -22,17 +24,20 @@ from triptych.cluster.jobs import (
     Link,
 )
 from triptych.cluster.limits import Limits
-from triptych.cluster.live import snapshot
+from triptych.cluster.live import Live, snapshot
+from triptych.cluster.measures import Counters
+from triptych.cluster.observers import Observer, Observers
 from triptych.cluster.scheduler import Scheduler
 from triptych.cluster.status import Status, take_status
-from triptych.cluster.trace import Trace
-from triptych.errors import InvalidRequest, NoWorker
+from triptych.errors import InvalidRequest, NoWorker, QueueFull
 from triptych.messages import (
     PROTOCOL,
     Checkpointed,
     Drain,
     Draining,
     Failed,
+    Flush,
+    Flushed,
     FromWorker,
     Goodbye,
     Heartbeat,
@@ -64,9 +69,9 @@ class Coordinator:
     `model_digest`: what a worker's must be (None: any). `dismissed(hello, kind, reason)` is called, with no lock held,
     for every worker that is out; kinds: silent, hung, unhealthy, gone, superseded, left. `failed(record, task)` is
     called when a job fails in a stage, with the lock held and before its input is let go: the task without tickets,
-    whose input the keeper is then asked to keep as `input`. `gone(owner)` is called like `dismissed`, as the workers
-    are told, once a worker's exchange can write no more: when it left, its process ended, or was away for long. `clock`
-    and `wall` give seconds, forward and since the epoch.
+    whose input the keeper is then asked to keep as `input`. `observers` are told of everything and closed with it.
+    `gone(owner)` is called like `dismissed`, as the workers are told, once a worker's exchange can write no more: when
+    it left, its process ended, or was away for long. `clock` and `wall` give seconds, forward and since the epoch.
     """
 
     def __init__(
@@ -77,7 +82,7 @@ class Coordinator:
         keeper: Keeper,
         model_digest: str | None = None,
         limits: Limits | None = None,
-        trace: Trace | None = None,
+        observers: Iterable[Observer] = (),
         dismissed: Callable[[Hello, str, str], None] | None = None,
         failed: Callable[[JobRecord, Task], None] | None = None,
         gone: Callable[[str], None] | None = None,
@@ -89,7 +94,9 @@ class Coordinator:
         self.topology = b""
         """the model's, as the first worker to be ready gave it"""
         self._scheduler = Scheduler(stages, self.limits, clock, wall)
-        self._store, self._keeper, self._trace = store, keeper, trace
+        self._store, self._keeper = store, keeper
+        self._counters = Counters(self._scheduler.stages)
+        self._observers = Observers((self._counters, *observers))
         self._digest = model_digest
         self._clock, self._wall = clock, wall
         self._lock = RLock()
@@ -98,10 +105,12 @@ class Coordinator:
         self._delivery = Delivery()
         self._effects = Effects(
             self._scheduler, store, keeper, self._delivery, answer=self._kept, changed=self._changed.notify_all,
-            trace=trace, dismissed=dismissed, failed=failed, gone=gone, clock=clock,
+            observers=self._observers, dismissed=dismissed, failed=failed, gone=gone, clock=clock,
         )  # fmt: skip
         self._started = self._expired = clock()
         self._draining = self._closed = False
+        self._flushing: Flushing | None = None
+        self._flushes = 0
 
     # For those who have something to be done.
 
@@ -137,10 +146,15 @@ class Coordinator:
         wanted: set[JobState] | None = None if states is None else set(states)
         under_way: set[JobState] = {"queued", "running"}
         asked = wanted | under_way if wanted and wanted & under_way else wanted
+        found: list[JobRecord] = []
         with self._lock:
-            records = self._store.list(client=client, states=asked, before=before, limit=limit)
-            present = [self._newer(record.spec.id) or record for record in records]
-        return [record for record in present if wanted is None or record.state in wanted]
+            while True:  # what the store has may be an older state
+                records = self._store.list(client=client, states=asked, before=before, limit=limit)
+                present = (self._newer(record.spec.id) or record for record in records)
+                found += [record for record in present if wanted is None or record.state in wanted]
+                if len(records) < limit or len(found) >= limit:
+                    return found[: max(0, limit)]
+                before = records[-1].spec.id
 
     def under_way(self, client: str) -> int:
         """How many of a client's jobs have not ended."""
@@ -161,6 +175,11 @@ class Coordinator:
         """How many jobs go before it in the queue where it waits; None if it does not wait."""
         with self._lock:
             return self._scheduler.position(job)
+
+    def estimate(self, job: str) -> Estimate:
+        """When a job will start and end, as far as that can be told."""
+        with self._lock:
+            return self._scheduler.estimate(job)
 
     def watch(self, job: str, watcher: Watcher) -> Callable[[], None]:
         """Calls `watcher` with every unit that is done and finally with the Outcome: in order, with no lock held, on
@@ -205,7 +224,7 @@ class Coordinator:
             if known is None:
                 self._scheduler.hello(hello)
                 self._effects.back(hello.owner)
-                self._effects.mark(hello.name, "hello")
+                self._observers.came(hello, self._clock())
 
     def hear(self, incarnation: str, message: FromWorker) -> None:
         """A worker says something; one that is not in is not listened to."""
@@ -222,13 +241,15 @@ class Coordinator:
                 case Checkpointed():
                     self._scheduler.checkpointed(incarnation, message)
                 case Failed():
-                    self._scheduler.failed(incarnation, message)
+                    self._failed(incarnation, message)
                 case Loading():
                     self._scheduler.loading(incarnation, message)
                 case Ready():
                     self._ready(incarnation, message)
                 case Proved():
                     self._scheduler.proved(incarnation, message.healthy, message.reason)
+                case Flushed():
+                    self._flushed(incarnation, message)
                 case Draining():
                     self._scheduler.drain(incarnation)
                 case Goodbye():
@@ -258,6 +279,23 @@ class Coordinator:
                 self._effects.send(incarnation, Drain())
             return found
 
+    def flush(self, timeout: float) -> FlushReport:
+        """Has every worker that has loaded let go of what it keeps only to be faster, between two units, and waits at
+        most `timeout` seconds for their answers. Raises QueueFull while another flush is under way."""
+        with self._changed:
+            if self._flushing is not None:
+                raise QueueFull("a flush is under way; try again when it has ended")
+            self._flushes += 1
+            ready = {member.id: member.hello.name for member in self._scheduler.fleet if member.ready}
+            flushing = self._flushing = Flushing(self._flushes, ready)
+            try:
+                for worker in ready:
+                    self._effects.send(worker, Flush(number=flushing.number))
+                self._changed.wait_for(lambda: self._closed or flushing.is_done(self._effects.links), timeout)
+            finally:
+                self._flushing = None
+            return flushing.report()
+
     # For whoever drives it.
 
     def tick(self) -> None:
@@ -271,8 +309,7 @@ class Coordinator:
             if now - self._expired >= EXPIRE_EVERY:
                 self._expired = now
                 self._expire()
-        if self._trace:
-            self._trace.flush()
+        self._observers.flush()
 
     def restore(self, grace: float | None = None) -> int:
         """Goes on with the jobs that the store holds unfinished, at the start; returns how many. Their workers may come
@@ -307,7 +344,8 @@ class Coordinator:
     def status(self) -> Status:
         """What the cluster looks like now."""
         with self._lock:
-            return take_status(self._scheduler, self.name, self._started, self._clock(), self._draining)
+            measures = self._counters.measures()
+            return take_status(self._scheduler, self.name, self._started, self._clock(), self._draining, measures)
 
     def close(self, *, stop_workers: bool = True) -> None:
         """Hears nobody any more; with `stop_workers`, they are told to end. Jobs that have not ended stay in the store
@@ -318,8 +356,7 @@ class Coordinator:
             self._closed = True
             self._changed.notify_all()
             self._effects.hang_up(Stop() if stop_workers else None)
-        if self._trace:
-            self._trace.close()
+        self._observers.close()
 
     # A turn: an event, what the scheduler makes of it, and what listeners are told.
 
@@ -339,6 +376,8 @@ class Coordinator:
     def _kept(self, job: str, what: str, number: int, outcome: Kept | Exception) -> None:
         with self._turn():
             if not self._closed:
+                if isinstance(outcome, Kept):
+                    self._observers.kept(job, what, outcome, self._clock())
                 self._scheduler.kept(job, what, number, outcome)
 
     def _newer(self, job: str) -> JobRecord | None:
@@ -351,18 +390,35 @@ class Coordinator:
     def _stepped(self, worker: str, message: Stepped) -> None:
         if self._scheduler.stepped(worker, message):
             self._delivery.put(message.job, message)
-        live = self._scheduler.jobs.get(message.job)
-        if self._trace and live is not None and live.worker is not None and live.worker.id == worker:
-            self._trace.unit(live.worker.hello.name, message, live.unit_seconds, self._clock())
+        if live := self._at(worker, message.job):
+            spec, name = live.record.spec, self._name(worker)
+            self._observers.unit(spec, name, message, live.unit_seconds, self._clock())
 
     def _done(self, worker: str, message: TaskDone) -> None:
         if message.last is not None:
             self._stepped(worker, message.last)
-        if self._trace:
-            live = self._scheduler.jobs.get(message.job)
-            if live is not None and live.worker is not None and live.worker.id == worker:
-                self._trace.task(live.worker.hello.name, message, live.since, self._clock())
+        if live := self._at(worker, message.job):
+            self._observers.done(self._name(worker), message, live.since, self._clock())
         self._scheduler.done(worker, message)
+
+    def _failed(self, worker: str, message: Failed) -> None:
+        if self._at(worker, message.job):
+            self._observers.failed(self._name(worker), message, self._clock())
+        self._scheduler.failed(worker, message)
+
+    def _at(self, worker: str, job: str) -> Live | None:
+        """The job, if that worker has it now."""
+        live = self._scheduler.jobs.get(job)
+        return live if live is not None and live.worker is not None and live.worker.id == worker else None
+
+    def _name(self, worker: str) -> str:
+        member = self._scheduler.fleet.get(worker)
+        return member.hello.name if member else worker
+
+    def _flushed(self, worker: str, message: Flushed) -> None:
+        if self._flushing is not None:
+            self._flushing.answer(worker, message)
+            self._changed.notify_all()
 
     def _goodbye(self, worker: str, message: Goodbye) -> None:
         if message.failed:

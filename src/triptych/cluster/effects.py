@@ -27,8 +27,8 @@ from triptych.cluster.actions import (
 from triptych.cluster.delivery import Delivery
 from triptych.cluster.jobs import ENDED, JobRecord, JobStore, Keeper, Kept, Link, Outcome, StageSpec
 from triptych.cluster.live import Live
+from triptych.cluster.observers import Observers
 from triptych.cluster.scheduler import Scheduler
-from triptych.cluster.trace import Trace
 from triptych.messages import (
     Cancel,
     Descriptor,
@@ -68,7 +68,7 @@ class Effects:
         *,
         answer: Callable[[str, str, int, Kept | Exception], None],
         changed: Callable[[], None],
-        trace: Trace | None,
+        observers: Observers,
         dismissed: Callable[[Hello, str, str], None] | None,
         failed: Callable[[JobRecord, Task], None] | None,
         gone: Callable[[str], None] | None,
@@ -80,7 +80,8 @@ class Effects:
         """ended jobs that the store did not take; tried again"""
         self._scheduler, self._store, self._keeper, self._delivery = scheduler, store, keeper, delivery
         self._answer, self._changed = answer, changed
-        self._trace, self._dismissed, self._failed, self._gone, self._clock = trace, dismissed, failed, gone, clock
+        self._observers, self._dismissed, self._failed = observers, dismissed, failed
+        self._gone, self._clock = gone, clock
         self._absent = Absentees()
         self._released: dict[str, list[str]] = {}
         """by worker, what is told with the next message"""
@@ -150,8 +151,8 @@ class Effects:
         if task is None:
             return
         self.send(action.worker, Run(task=task))
-        if self._trace:
-            self._trace.waited(live.id, task.stage, action.waited, self._clock())
+        name = live.worker.hello.name
+        self._observers.assigned(record.spec, task.stage, action.attempt, name, action.waited, self._clock())
 
     def _task(self, live: Live) -> Task | None:
         """The task with tickets for all that it needs; None if the keeper has lost what it cannot do without."""
@@ -165,7 +166,7 @@ class Effects:
         if record.checkpoint is not None and record.checkpoint_stage == record.stage:
             checkpoint = self._offer(live, "checkpoint", record.checkpoint.name)
         return msgspec.structs.replace(
-            _bare_task(record, part, self._scheduler.limits.checkpoint_seconds),
+            _unticketed(record, part, self._scheduler.limits.checkpoint_seconds),
             pictures=pictures,
             payload=self._ticket(live.input),
             checkpoint=checkpoint,
@@ -210,7 +211,8 @@ class Effects:
         self._released.pop(action.worker, None)
         if link is not None:
             if action.kind != "left":
-                logger.warning("worker %s is out, %s: %s", hello.name, action.kind, action.reason)
+                said = {"event": "worker out", "worker": hello.name, "reason": f"{action.kind}: {action.reason}"}
+                logger.warning("worker %s is out, %s: %s", hello.name, action.kind, action.reason, extra=said)
                 reason = f"{action.kind}: {action.reason}"
                 link.send(Refused(reason=reason, again=action.kind not in FINAL))
             link.close()
@@ -218,7 +220,7 @@ class Effects:
             self._peer_gone(hello.owner)
         elif self._scheduler.fleet.owner(hello.owner) is None:
             self._absent.add(hello, self._clock())
-        self.mark(hello.name, f"out: {action.kind}", reason=action.reason)
+        self._observers.went(hello, action.kind, action.reason, self._clock())
         if dismissed := self._dismissed:
             self._delivery.tell(lambda one: dismissed(one.hello, one.kind, one.reason), action)
         self._changed()
@@ -258,19 +260,15 @@ class Effects:
         if self._failed:
             record = action.record
             part = record.spec.stages[action.stage]
-            self._failed(record, _bare_task(record, part, self._scheduler.limits.checkpoint_seconds))
+            self._failed(record, _unticketed(record, part, self._scheduler.limits.checkpoint_seconds))
 
     def _tell_end(self, action: Ended) -> None:
+        self._observers.ended(action.record, self._clock())
         self._delivery.put(action.record.spec.id, outcome_of(action.record))
         self._changed()
 
-    def mark(self, worker: str, what: str, **args: str) -> None:
-        """Notes something about a worker in the trace."""
-        if self._trace:
-            self._trace.mark(worker, what, self._clock(), **args)
 
-
-def _bare_task(record: JobRecord, part: StageSpec, checkpoint_seconds: float | None) -> Task:
+def _unticketed(record: JobRecord, part: StageSpec, checkpoint_seconds: float | None) -> Task:
     """The task of a job's present stage, without tickets."""
     spec, last = record.spec, record.stage == len(record.spec.stages) - 1
     return Task(
@@ -286,6 +284,7 @@ def _bare_task(record: JobRecord, part: StageSpec, checkpoint_seconds: float | N
         raw=spec.raw and last,
         encoding=spec.encoding if last else None,
         checkpoint_seconds=checkpoint_seconds,
+        bare=spec.bare,
     )
 
 

@@ -15,6 +15,8 @@ __all__ = ["Fleet", "StageTally"]
 
 NEWER = 0.1
 """Weight of the newest measurement in a mean."""
+NEWER_SHARE = 0.3
+"""The same for what estimates are made of: the first ones include warming up."""
 RATE_SECONDS = 60.0
 
 
@@ -25,11 +27,12 @@ class Measure:
     unit_seconds: float = 0.0
     largest: float = 0.0
     """the largest job measured, in work"""
+    newer: float = NEWER
 
     def add(self, seconds: float, work: float) -> None:
         """One unit of a job of that work took so long."""
         each = seconds / work
-        self.unit_seconds = each if not self.largest else self.unit_seconds + NEWER * (each - self.unit_seconds)
+        self.unit_seconds = each if not self.largest else self.unit_seconds + self.newer * (each - self.unit_seconds)
         self.largest = max(self.largest, work)
 
     def expected(self, work: float) -> float:
@@ -48,14 +51,21 @@ class StageTally:
     """mean, from assignment to output"""
     unit_seconds: float = 0.0
     """mean"""
+    units: float = 1.0
+    """mean, of a task"""
+    rest: float = 0.0
+    """mean seconds of its worker that a task took beyond its units"""
     ends: deque[float] = field(default_factory=lambda: deque(maxlen=1024))
 
     def unit(self, seconds: float) -> None:
         """A unit has ended."""
         self.unit_seconds = self.unit_seconds + NEWER * (seconds - self.unit_seconds) if self.unit_seconds else seconds
 
-    def task(self, seconds: float, now: float) -> None:
+    def task(self, seconds: float, now: float, units: int, rest: float) -> None:
         """A task has ended well."""
+        newer = NEWER_SHARE if self.done else 1.0
+        self.units += newer * (units - self.units)
+        self.rest += newer * (rest - self.rest)
         self.task_seconds = self.task_seconds + NEWER * (seconds - self.task_seconds) if self.done else seconds
         self.done += 1
         self.ends.append(now)
@@ -74,6 +84,7 @@ class Fleet:
         self._owners: dict[str, Member] = {}
         self._stages: dict[StageName, list[Member]] = {}
         self._measures: dict[tuple[StageName, str], Measure] = {}
+        self._paces: dict[tuple[StageName, str], Measure] = {}
         self._count = 0
 
     def __iter__(self) -> Iterator[Member]:
@@ -147,6 +158,16 @@ class Fleet:
         """A unit took so long."""
         self._measures.setdefault((stage, _kind(member)), Measure()).add(seconds, work)
 
+    def pace(self, member: Member, stage: StageName, share: float, work: float) -> None:
+        """A unit took so many seconds of its worker, what that did beside it not counted."""
+        fresh = Measure(newer=NEWER_SHARE)
+        self._paces.setdefault((stage, _kind(member)), fresh).add(share, _size(stage, work))
+
+    def unit_share(self, member: Member, stage: StageName, work: float) -> float | None:
+        """What a unit of such a job is expected to take of a worker; None while none was measured."""
+        measure = self._paces.get((stage, _kind(member)))
+        return None if measure is None else measure.expected(_size(stage, work))
+
     def unit_limit(self, member: Member, stage: StageName, work: float | None) -> float:
         """Seconds after which a unit is hung; `work` None: as large as the largest measured."""
         measure = self._measures.get((stage, _kind(member)))
@@ -192,6 +213,11 @@ class Fleet:
 
 def _fitness(member: Member, stage: StageName, at: str | None) -> tuple[float, bool, int, int]:
     return member.fullness(stage), member.hello.owner != at, len(member.running), member.order
+
+
+def _size(stage: StageName, work: float) -> float:
+    """Encoding a prompt takes the same whatever the picture's size."""
+    return 1.0 if stage == "encode" else work
 
 
 def _kind(member: Member) -> str:

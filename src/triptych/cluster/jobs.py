@@ -7,8 +7,8 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from triptych.messages import Descriptor, Encoding, ToWorker
-from triptych.request import StageName
+from triptych.messages import Descriptor, Encoding, Route, ToWorker
+from triptych.request import StageName, VaeTask
 
 __all__ = [
     "ENDED",
@@ -54,14 +54,22 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     encoding: Encoding | None = None
     work: float = 1.0
     """how large it is beside others: pixels × frames × outputs"""
+    rows: int = 1
+    """pictures or clips that are denoised together"""
+    trace: str = ""
+    """the W3C `traceparent` that its spans belong to; empty: a trace of its own"""
     client: str = ""
     """whose turn it is, for fairness"""
+    digest: str = ""
+    """of what its client asked for, where that named the job; the cluster does not read it"""
     priority: int = 0
     """higher goes first"""
     deadline: float | None = None
     """seconds after submission at which nobody wants it any more"""
     request: dict[str, Any] = {}
     """the request as JSON, for people and for repeating it; the cluster does not read it"""
+    bare: VaeTask | None = None
+    """its one task is no share of a request: a call of the stage's VAE"""
     workflow: str = ""
     warnings: tuple[str, ...] = ()
 
@@ -91,10 +99,13 @@ class StageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Something in the keeper's hands: its name there and its bytes."""
+    """Something in the keeper's hands: its name there and its bytes, and how it came there."""
 
     name: str
     bytes: int = 0
+    fetched_seconds: float = 0.0
+    fetched_bytes: int = 0
+    fetched_by: Route | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

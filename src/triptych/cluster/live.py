@@ -51,6 +51,10 @@ class Live:
     """seconds into the task at its last unit's end"""
     unit_seconds: float = 0.0
     """what that unit took"""
+    unit_share: float = 0.0
+    """its worker's `share` at that unit's end"""
+    unit: tuple[int, int] = (0, 0)
+    """which of how many units of its present task that was"""
     told: tuple[int, int] = (-1, 0)
     """stage and step of the last progress told, so that nothing is told twice"""
     avoid: set[str] = field(default_factory=set)
@@ -120,6 +124,8 @@ class Member:
     heartbeat: Heartbeat | None = None
     done: int = 0
     failed: int = 0
+    _share: float = 0.0
+    _shared: float = 0.0
 
     @property
     def id(self) -> str:
@@ -157,13 +163,22 @@ class Member:
         """Its tasks of this stage over how many it takes at once."""
         return self.load.get(stage, 0) / max(self.capacity.get(stage, 1), 1)
 
+    def share(self, now: float) -> float:
+        """Seconds that a task had of it by now, had it been here all the time: those that it holds share it evenly."""
+        if self.running:
+            self._share += (now - self._shared) / len(self.running)
+        self._shared = now
+        return self._share
+
     def take(self, live: Live, stage: StageName, now: float) -> None:
+        live.unit_share, live.unit = self.share(now), (0, 0)
         self.running[live.id] = live
         self.load[stage] = self.load.get(stage, 0) + 1
         self.moved = now
         live.worker, live.place = self, "worker"
 
     def give_back(self, live: Live, stage: StageName, now: float) -> None:
+        self.share(now)
         del self.running[live.id]
         self.load[stage] -= 1
         self.moved = now

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from triptych.cluster.actions import Action, CancelAt, Drop, GiveMap, Let, Persist
+from triptych.cluster.estimate import Estimate, forecast
 from triptych.cluster.jobs import Failure, JobRecord, JobSpec, Kept, StageRecord
 from triptych.cluster.limits import Limits
 from triptych.cluster.live import Live, Member, snapshot
@@ -16,6 +17,13 @@ from triptych.messages import Checkpointed, Failed, Heartbeat, Hello, Loading, R
 from triptych.request import StageName
 
 __all__ = ["Scheduler"]
+
+FORECAST_SECONDS = 0.002
+"""Times the number of jobs: how long a forecast holds."""
+FEW_JOBS = 32
+"""While there are no more than these, it is made anew for every job that comes."""
+UNKNOWN_ROOM_SECONDS = 5.0
+"""After which to try again at a full queue, while nothing was measured."""
 
 
 class Scheduler(Setbacks):
@@ -28,6 +36,8 @@ class Scheduler(Setbacks):
         super().__init__(stages, limits, clock, wall)
         self._map = b""
         self._ticked = clock()
+        self._forecast: dict[str, Estimate] = {}
+        self._forecast_at = -math.inf
 
     def take(self) -> list[Action]:
         """What is to be done since it was last asked."""
@@ -56,6 +66,8 @@ class Scheduler(Setbacks):
         self.counts.submitted += 1
         self._arrive(self._follow(record))
         self._assign()
+        if len(self.jobs) <= FEW_JOBS:
+            self._forecast_at = -math.inf
 
     def restore(self, records: Iterable[JobRecord], grace: float | None = None) -> None:
         """Jobs that a coordinator before us left unfinished. Those that may still be at work somewhere wait `grace`
@@ -168,8 +180,11 @@ class Scheduler(Setbacks):
         seconds = max(message.seconds - live.unit_end, 0.0)
         live.unit_end = message.seconds
         live.worker.loading = False
-        live.unit_seconds = seconds
+        live.unit_seconds, live.unit = seconds, (message.step, message.steps)
         self.fleet.measure(live.worker, message.stage, seconds, live.record.spec.work)
+        share = live.worker.share(self._clock())
+        self.fleet.pace(live.worker, message.stage, share - live.unit_share, live.record.spec.work)
+        live.unit_share = share
         self.tallies[message.stage].unit(seconds)
         place = (live.record.stage, message.step)
         if place <= live.told:
@@ -200,7 +215,8 @@ class Scheduler(Setbacks):
         member.loading = False
         member.done += 1
         self.counts.resumes += message.resumed_at > 0
-        self.tallies[message.stage].task(now - live.since, now)
+        rest = member.share(now) - live.unit_share
+        self.tallies[message.stage].task(now - live.since, now, message.steps, rest)
         record.finished.append(_stage_record(live, message, now))
         self._take_from(live)
         live.avoid.clear()
@@ -296,6 +312,11 @@ class Scheduler(Setbacks):
             return None
         return self._queues[live.stage].position(live)
 
+    def estimate(self, job: str) -> Estimate:
+        """When a job that has not ended will start and end, as far as that can be told."""
+        estimates, age = self._estimates()
+        return estimates.get(job, Estimate()).later(age)
+
     def fetching(self) -> int:
         """Payloads that the keeper is fetching."""
         return len(self._ledger)
@@ -345,17 +366,56 @@ class Scheduler(Setbacks):
 
     def _check_room(self, spec: JobSpec) -> None:
         waiting, limits = self._not_begun.total(), self.limits
-        rate = self.tallies[spec.stages[0].stage].per_minute(self._clock())
-        retry_after = min(max(60 / rate, 1.0), 600.0) if rate else 5.0
         if waiting >= limits.max_queue:
-            raise QueueFull(f"{waiting} jobs wait; allowed: {limits.max_queue}", retry_after=retry_after)
+            raise QueueFull(f"{waiting} jobs wait; allowed: {limits.max_queue}", retry_after=self._room_in(None))
         own, allowed = self._not_begun[spec.client], limits.max_queue_per_client
         if allowed is not None and own >= allowed:
-            raise QueueFull(f"{own} jobs of this client wait; allowed: {allowed}", retry_after=retry_after)
+            raise QueueFull(
+                f"{own} jobs of this client wait; allowed: {allowed}", retry_after=self._room_in(spec.client)
+            )
         if limits.missing_worker == "fail" and (missing := self.missing()):
             wanted = [part.stage for part in spec.stages if part.stage in missing]
             if wanted:
                 raise NoWorker(f"no worker has the stage {', '.join(wanted)}")
+
+    def _room_in(self, client: str | None) -> float:
+        """Seconds until a job (of that client) that waits will have begun."""
+        estimates, age = self._estimates()
+        starts = [
+            found.starts_in - age
+            for job, found in estimates.items()
+            if found.starts_in is not None
+            and (live := self.jobs.get(job))
+            and live.record.started is None
+            and client in (None, live.client)
+        ]
+        return min(max(min(starts), 1.0), 600.0) if starts else UNKNOWN_ROOM_SECONDS
+
+    def _estimates(self) -> tuple[dict[str, Estimate], float]:
+        """Those of every job, and how many seconds ago they were made: with many jobs less often, so that what they
+        cost stays a small part of the time."""
+        now = self._clock()
+        if now - self._forecast_at > FORECAST_SECONDS * len(self.jobs):
+            queues: dict[StageName, list[Live]] = {}
+            for stage in self.stages:
+                queues[stage] = list(self._queues[stage].ordered())
+            able = [member for member in self.fleet if member.ready]
+            self._forecast = forecast(self.stages, able, queues, self._seconds, self.limits.ahead)
+            self._forecast_at = now
+        return self._forecast, now - self._forecast_at
+
+    def _seconds(self, member: Member, live: Live, index: int) -> float:
+        """What a stage of a job still takes of that worker."""
+        part, tally = live.stages[index], self.tallies[live.stages[index].stage]
+        unit = self.fleet.unit_share(member, part.stage, live.record.spec.work)
+        if unit is None:
+            return math.inf
+        units = float(part.fields.get("num_inference_steps") or 1) if part.stage == "denoise" else tally.units
+        if live.worker is None or index > live.record.stage:
+            return units * unit + tally.rest
+        done, total = live.unit
+        begun = member.share(self._clock()) - live.unit_share
+        return max(((total or units) - done) * unit + tally.rest - begun, 0.0)
 
     @staticmethod
     def _wants_map(member: Member) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from triptych.cluster.live import Member
+from triptych.cluster.measures import Measures
 from triptych.cluster.scheduler import Scheduler
 from triptych.messages import Busy
 from triptych.request import StageName
@@ -54,6 +55,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     weights: dict[StageName, int]
     last_seen: float
     busy: Busy | None = None
+    dtype: str = ""
+    """what most of its weights are held in, as torch names it"""
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,9 +88,14 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     missing: tuple[StageName, ...]
     fetching: int
     draining: bool
+    measures: Measures = Measures()
+    max_queue: int = 0
+    """jobs that may wait to begin"""
 
 
-def take_status(scheduler: Scheduler, name: str, started: float, now: float, draining: bool) -> Status:
+def take_status(
+    scheduler: Scheduler, name: str, started: float, now: float, draining: bool, measures: Measures
+) -> Status:
     """The status of a scheduler at `now`, by its own clock."""
     counts = scheduler.counts
     jobs = {"queued": 0, "running": 0, "done": counts.done, "failed": counts.failed, "cancelled": counts.cancelled}
@@ -103,6 +111,8 @@ def take_status(scheduler: Scheduler, name: str, started: float, now: float, dra
         missing=scheduler.missing(ready=True),
         fetching=scheduler.fetching(),
         draining=draining,
+        measures=measures,
+        max_queue=scheduler.limits.max_queue,
     )
 
 
@@ -142,4 +152,5 @@ def _worker(member: Member, now: float) -> WorkerStatus:
         weights=member.weights,
         last_seen=now - member.seen,
         busy=member.busy,
+        dtype=hello.dtype,
     )

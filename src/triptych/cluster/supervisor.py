@@ -114,10 +114,17 @@ class Supervisor:
         }
         self._thread = threading.Thread(target=self._run, name="triptych-supervisor", daemon=True)
 
+    @property
+    def may_adopt(self) -> bool:
+        """Whether a supervisor that was killed has left a note of its workers."""
+        return self._note.exists()
+
     def start(self) -> None:
-        """Adopts the workers of a supervisor that was killed, ends those that no slot wants, and starts the others."""
-        _end(self._adopt(), 5.0)
-        self._thread.start()
+        """Adopts the workers of a supervisor that was killed, ends those that no slot wants, and starts the others.
+        Starting twice is fine."""
+        if self._thread.ident is None:
+            _end(self._adopt(), 5.0)
+            self._thread.start()
 
     def states(self) -> list[SlotState]:
         """How every slot is."""
@@ -287,7 +294,7 @@ def _tell(call: Callable[[], None]) -> None:
 
 
 def _log_line(slot: str, line: str) -> None:
-    _workers.info("[%s] %s", slot, line)
+    _workers.info("[%s] %s", slot, line, extra={"worker": slot, "event": line})
 
 
 def _read_note(path: Path) -> dict[str, dict[str, Any]]:

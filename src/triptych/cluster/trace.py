@@ -10,8 +10,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from triptych.cluster.jobs import JobSpec
+from triptych.cluster.observers import Observer
 from triptych.errors import InvalidRequest
-from triptych.messages import Stepped, TaskDone
+from triptych.messages import Hello, Stepped, TaskDone
+from triptych.request import StageName
 
 __all__ = ["Trace"]
 
@@ -21,7 +24,7 @@ QUEUES = 1
 """The process number of the queues in the file; workers follow."""
 
 
-class Trace:
+class Trace(Observer):
     """Writes events as they happen: the file is a valid JSON array after `close`, and opens without its last bracket
     if the process did not get there, or the disk was full. Times given are one clock's seconds. Raises InvalidRequest
     if the file cannot be written."""
@@ -41,15 +44,16 @@ class Trace:
             self._file.write("[\n")
             self._write("M", QUEUES, 0, "process_name", args={"name": "queues"})
 
-    def waited(self, job: str, stage: str, seconds: float, now: float) -> None:
-        """A job has left a stage's queue after so long."""
+    def assigned(self, spec: JobSpec, stage: StageName, attempt: int, worker: str, waited: float, now: float) -> None:
+        """See Observer."""
+        job = spec.id
         with self._writing():
             _, thread = self._track("queues", stage)
-            for phase, at in (("b", now - seconds), ("e", now)):
+            for phase, at in (("b", now - waited), ("e", now)):
                 self._write(phase, QUEUES, thread, job, at, cat="queue", id=f"{stage}/{job}", args={"stage": stage})
 
-    def unit(self, worker: str, message: Stepped, seconds: float, now: float) -> None:
-        """A unit has ended after so long."""
+    def unit(self, spec: JobSpec, worker: str, message: Stepped, seconds: float, now: float) -> None:
+        """See Observer."""
         with self._writing():
             process, thread = self._track(worker, message.stage)
             start = max(now - seconds, self._ends.get((worker, message.stage), -1e300))
@@ -58,8 +62,8 @@ class Trace:
             name = f"{message.job} {message.step}/{message.steps}"
             self._write("X", process, thread, name, start, dur=_micro(now - start), cat="unit", args=args)
 
-    def task(self, worker: str, message: TaskDone, began: float, now: float) -> None:
-        """A task has ended; what it fetched it fetched when it began."""
+    def done(self, worker: str, message: TaskDone, began: float, now: float) -> None:
+        """See Observer."""
         with self._writing():
             args = {
                 "job": message.job, "stage": message.stage, "attempt": message.attempt, "bytes": message.fetched_bytes,
@@ -71,6 +75,14 @@ class Trace:
                     ident = f"{what}/{message.job}/{message.stage}/{message.attempt}"
                     for phase, at in (("b", began), ("e", began + seconds)):
                         self._write(phase, process, thread, message.job, at, cat=what, id=ident, args=args)
+
+    def came(self, hello: Hello, now: float) -> None:
+        """See Observer."""
+        self.mark(hello.name, "hello", now)
+
+    def went(self, hello: Hello, kind: str, reason: str, now: float) -> None:
+        """See Observer."""
+        self.mark(hello.name, f"out: {kind}", now, reason=reason)
 
     def mark(self, worker: str, what: str, now: float, **args: Any) -> None:
         """Something happened to a worker."""

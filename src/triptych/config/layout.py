@@ -132,12 +132,17 @@ class Layout(Section):
     def overridden(
         self, *, device: str | None = None, dtype: str | None = None, threads: int | None = None,
         capacity: int | None = None, listen: str | None = None, keys: Path | None = None,
-        host: str | None = None, port: int | None = None,
+        host: str | None = None, port: int | None = None, api_keys: Path | None = None,
+        insecure: bool | None = None, artifacts: str | None = None, log_format: str | None = None,
+        otlp: str | None = None,
     ) -> Layout:  # fmt: skip
         """With what flags say in place of what the file says; None leaves it. `device` and the three after it go for
         every worker. Raises InvalidRequest for a value that is not allowed."""
         plan = {"devices": device, "dtype": dtype, "threads": threads, "capacity": capacity}
-        door = {"host": host, "port": port}
+        door = {
+            "host": host, "port": port, "api_keys": api_keys, "insecure": insecure, "artifacts": artifacts,
+            "log_format": log_format, "otlp": otlp,
+        }  # fmt: skip
         join = {"endpoint": listen, "keys": keys}
         return _changed(
             self,

@@ -12,7 +12,13 @@ from triptych.config.words import one_or_many
 
 __all__ = ["BoundsSection", "ImageUrlsSection", "RatesSection", "ServeSection"]
 
-Names = Annotated[tuple[str, ...], BeforeValidator(one_or_many)]
+_NAME = r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*"
+Host = Annotated[str, Field(pattern=rf"^(\*|{_NAME}|[0-9a-fA-F.]*(:[0-9a-fA-F.]*){{2,8}})$")]
+Hosts = Annotated[tuple[Host, ...], BeforeValidator(one_or_many)]
+Origin = Annotated[str, Field(pattern=rf"^(\*|https?://({_NAME}|\[[0-9a-fA-F.]*(:[0-9a-fA-F.]*){{2,8}}\])(:\d{{1,5}})?)$")]
+Origins = Annotated[tuple[Origin, ...], BeforeValidator(one_or_many)]
+Source = Annotated[str, Field(pattern=rf"^(\*|(\*\.)?{_NAME})(:\d{{1,5}})?$")]
+Sources = Annotated[tuple[Source, ...], BeforeValidator(one_or_many)]
 
 
 class BoundsSection(Section):
@@ -46,8 +52,8 @@ class RatesSection(Section):
 class ImageUrlsSection(Section):
     """Pictures that a request names by URL, which the server then fetches."""
 
-    allow: Names = ()
-    """hosts that may be fetched from: `cdn.example.org`, `*.example.org`, or `*` for every public one; none: off"""
+    allow: Sources = ()
+    """hosts to fetch from: `cdn.example.org`, `cdn.example.org:8443`, `*.example.org`, `*` (all public); none: off"""
     seconds: Seconds = 10.0
     """that a picture may take in all"""
     max_bytes: Size = Field(default=32 * MIB, ge=1)
@@ -71,9 +77,9 @@ class ServeSection(Section):
     """name of an environment variable that holds API keys, instead of a file"""
     insecure: Switch = False
     """allows a public address without API keys"""
-    hosts: Names = ()
+    hosts: Hosts = ()
     """names that clients may call the server by, beside its own address; `*`: any"""
-    origins: Names = ()
+    origins: Origins = ()
     """web pages that may use the server, as `https://app.example.org`; none: no web page elsewhere"""
     bounds: BoundsSection = BoundsSection()
     """what a request may ask for"""

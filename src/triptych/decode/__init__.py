@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from triptych.decode.media import (
+        MAX_PIXELS,
         check_fps,
         clip_bytes,
+        count_pixels,
         image_bytes,
         read_image,
         read_mask,
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
 # Imported on first use: reading and writing media needs no torch, and must not pay for it.
 _FILES = {
     "media": (
+        "MAX_PIXELS",
         "check_fps",
         "clip_bytes",
+        "count_pixels",
         "image_bytes",
         "read_image",
         "read_mask",
@@ -50,12 +54,14 @@ _FILES = {
 _HOME = {name: file for file, names in _FILES.items() for name in names}
 
 __all__ = [
+    "MAX_PIXELS",
     "DecodeStage",
     "FusedStage",
     "LatentPreview",
     "Settings",
     "check_fps",
     "clip_bytes",
+    "count_pixels",
     "digest",
     "encode_settings",
     "image_bytes",

@@ -18,6 +18,7 @@ from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
     Image,
+    ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
     WebPImagePlugin,
@@ -40,6 +41,7 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "check_fps",
     "clip_bytes",
+    "count_pixels",
     "image_bytes",
     "open_image",
     "read_bytes",
@@ -109,9 +111,11 @@ def read_mask(
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
     field: str = "mask",
+    holes: bool = False,
 ) -> Image.Image:
-    """Reads a mask as `read_image` reads a picture, and returns it as 8-bit grey: white is painted anew."""
-    return _decode(source, max_pixels, max_bytes, field, lambda image: _to_rgb(image).convert("L"))
+    """Reads a mask as `read_image` reads a picture, and returns it as 8-bit grey: white is painted anew; with `holes`,
+    what is transparent is, whatever its colours, where anything is transparent."""
+    return _decode(source, max_pixels, max_bytes, field, _holes if holes else _to_grey)
 
 
 def _decode(
@@ -142,6 +146,12 @@ def _decode(
         result = result.transpose(turn)
     result.info = {}
     return result
+
+
+def count_pixels(data: bytes, *, field: str = "image") -> int:
+    """How many pixels a picture's file says that it has. Raises MediaError if it is none that is read."""
+    with open_image(*read_bytes(data, max_bytes=MAX_BYTES, field=field), field) as image:
+        return image.width * image.height
 
 
 def read_bytes(
@@ -209,6 +219,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    return _to_rgb(image).convert("L")
+
+
+def _holes(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        opacity = image.convert("RGBA").getchannel("A")
+        if opacity.getextrema()[0] != 255:
+            return ImageOps.invert(opacity)
+    return _to_grey(image)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -62,6 +62,11 @@ class LatentPreview:
         self._tiny = tiny
         self._weights = weights
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the map, once it is fitted."""
+        return 0 if self._weights is None else self._weights.nbytes
+
     def __call__(self, fields: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
         """uint8 (height, width, 3) of the first picture of the batch (of a clip: its middle frame)."""
         if self._tiny is not None:

@@ -9,23 +9,38 @@ import logging
 import queue
 import sys
 import uuid
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from triptych.cluster import JobRecord, JobSpec, JobState, Outcome, Status
+from msgspec import structs
+
+from triptych.cluster import Estimate, FlushReport, JobRecord, JobSpec, JobState, Observer, Outcome, Status
 from triptych.config import Layout
 from triptych.engine.crew import LoadReport
 from triptych.engine.jobs import Event, Job, JobView, Listener, ResultFile
+from triptych.engine.names import Names
 from triptych.engine.opening import Opening, Parts, open_crew
 from triptych.engine.results import error_of, progress_of, result_of
 from triptych.engine.specs import Options, pictures_of, spec_of
+from triptych.engine.vae import call_of, tensor_payload, vae_spec
 from triptych.errors import Cancelled, NoWorker, TriptychError, Unsupported
-from triptych.messages import Stepped
-from triptych.model import Resolved, Trust, resolve
-from triptych.request import Progress, Request, Result, StageName
+from triptych.messages import Encoding, Stepped
+from triptych.model import Resolved, Trust, VaeCall, check_memory, extent_of, resolve
+from triptych.request import Progress, Request, Result, StageName, VaeTask
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from triptych.transfer import Payload
 
 __all__ = ["Engine"]
+
+T = TypeVar("T")
+Finish = Callable[[JobRecord, "Payload | None"], Any]
+"""What the owner of a job that is done is told: of its record, and its result unless that is files."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +56,8 @@ class Engine:
         self._parts = parts
         self._isolated = isolated
         self._steps: dict[str, Stepped] = {}
-        self._listeners: dict[str, Listener] = {}
+        self._listeners: dict[str, Callable[[Any], None]] = {}
+        self._names = Names(parts.secret, lambda job: self._coordinator.job(job) is not None)
         self._closed = False
         self._broken = ""
         parts.crew.watch(self._died)
@@ -79,6 +95,10 @@ class Engine:
         listen: str | None = None,
         keys: Path | None = None,
         trace: Path | None = None,
+        artifacts: str | None = None,
+        signed: str | None = None,
+        observers: Sequence[Observer] = (),
+        meanwhile: Callable[[], None] = lambda: None,
         report: LoadReport | None = None,
     ) -> Engine:
         """Opens a model: an embedded name, a diffusers folder, or a hub id.
@@ -89,7 +109,9 @@ class Engine:
         that takes the model's own's place in previews (None: a linear map fitted to the model's own). `isolate`: no
         stage in this process, whatever the layout; `state`: the folder that jobs and results outlive this process in
         (None: they don't); `listen` and `keys`: where workers from elsewhere may join, and who; `trace`: a timeline to
-        write.
+        write; `artifacts`: the fsspec URL where results and checkpoints lie (None: in the state folder); `signed`: the
+        version of Triptych by which files say how they were made (None: they say nothing); `observers`: told of all
+        that happens to jobs and workers, and closed with the engine; `meanwhile`: called while worker processes start.
         Loading in this process changes torch's default dtype for its moment: open no engine while another generates.
         Raises ModelNotFound, LoadError, DeviceError, Unsupported or InvalidRequest.
         """
@@ -109,6 +131,10 @@ class Engine:
             listen=listen,
             keys=keys,
             trace=trace,
+            artifacts=artifacts,
+            signed=signed,
+            observers=observers,
+            meanwhile=meanwhile,
         )
         return cls(open_crew(opening, report or (lambda _: None)), isolate)
 
@@ -122,37 +148,83 @@ class Engine:
         deadline: float | None = None,
         exact: bool = False,
         files: bool | None = None,
+        trace: str = "",
+        id: str | None = None,
+        digest: str = "",
+        check: Callable[[Request], None] | None = None,
     ) -> Job:
-        """Checks the request and starts it. `files`: outputs are made as files in the request's format, for
+        """Checks the request and starts it. `check` is given the request with its defaults filled in; what it raises
+        refuses it. `files`: outputs are made as files in the request's format, for
         `result_files`, instead of pixels for the Result (None: in an engine that keeps its stages to themselves).
+        `trace`: the W3C `traceparent` that the job belongs to. `id`: the job's, as `id_of` gives it, refused if there
+        is one of that id (None: a new one); `digest`: of what was asked, kept with the job.
 
         Raises InvalidRequest, NotEnoughMemory, QueueFull, or NoWorker where nobody is left to do it, before any work.
         """
         wanted = self._isolated if files is None else files
-        options = Options(preview, client, priority, deadline, exact, wanted)
+        options = Options(preview, client, priority, deadline, exact, wanted, trace, id, digest)
         inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        job, resolved = self._submit(request, options, inbox.put)
+        job, resolved = self._submit(request, options, inbox.put, check)
         return Job(job, resolved, self, inbox)
 
-    def _submit(self, request: Request, options: Options, listener: Listener) -> tuple[str, Resolved]:
+    def _submit(
+        self, request: Request, options: Options, listener: Listener, check: Callable[[Request], None] | None = None
+    ) -> tuple[str, Resolved]:
         """`listener` is told of every event, on the thread that brings it."""
-        if self._closed:
-            raise Unsupported("the engine is closed")
-        self._require_crew()
+        self._require_open()
         resolved = resolve(self.topology, request, self._parts.crew.free_bytes())
-        job = uuid.uuid4().hex
-        pictures = pictures_of(resolved.fields)
+        if check is not None:
+            check(resolved.request)
+
+        def spec(job: str, kept: str | None) -> JobSpec:
+            return spec_of(self.topology, job, resolved, options, kept, self._parts.signing)
+
+        finish = functools.partial(result_of, self.topology, resolved)
+        with contextlib.nullcontext() if options.id is None else self._names.entering(options.id):
+            return self._enter(spec, pictures_of(resolved.fields), finish, listener, options.id), resolved
+
+    def _enter(
+        self, spec_of: Callable[[str, str | None], JobSpec], pictures: Payload | None, finish: Finish,
+        listener: Callable[[Any], None], id: str | None = None,
+    ) -> str:  # fmt: skip
+        """A new job's id; `spec_of` is given that and the keeper's name for its pictures, `listener` its Progress and
+        then what `finish` makes of it, or the error."""
+        job = id or uuid.uuid4().hex
         try:
             kept = None if pictures is None else self._keeper.put(job, "pictures", pictures).name
-            spec = spec_of(self.topology, job, resolved, options, kept)
-            self._coordinator.submit(spec, self._teller(spec, resolved, listener))
+            spec = spec_of(job, kept)
+            self._coordinator.submit(spec, self._teller(spec, finish, listener))
             self._require_crew()
         except BaseException:
             self._listeners.pop(job, None)
             self._coordinator.cancel(job)
             self._keeper.drop(job)
             raise
-        return job, resolved
+        return job
+
+    def submit_vae(
+        self, call: VaeCall, data: bytearray | torch.Tensor, *, client: str = "", priority: int = 0,
+        deadline: float | None = None, trace: str = "", encoding: Encoding | None = None,
+        listener: Callable[[Progress | torch.Tensor | TriptychError | None], None] = lambda _: None,
+    ) -> str:  # fmt: skip
+        """Starts a call of the model's VAE by itself on a tensor, or its bytes, and returns the job's id. `encoding`:
+        what it makes is kept as a file of that kind, for `result_files` (None: `listener` is given the tensor). Raises
+        like `submit`, and Unsupported for a model without a VAE."""
+        self._require_open()
+        extent = extent_of(self.topology, call)
+        check_memory(self.topology, extent, self._parts.crew.free_bytes())
+        options = Options(client=client, priority=priority, deadline=deadline, trace=trace)
+
+        def spec(job: str, kept: str | None) -> JobSpec:
+            assert kept is not None
+            return vae_spec(self.topology, job, call, extent, options, kept, encoding)
+
+        return self._enter(spec, tensor_payload(call, data), lambda _, made: made and made.values["tensor"], listener)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise Unsupported("the engine is closed")
+        self._require_crew()
 
     def _require_crew(self) -> None:
         if self._broken:
@@ -169,7 +241,9 @@ class Engine:
             if not self._parts.durable:
                 self._coordinator.cancel(job)
 
-    def _teller(self, spec: JobSpec, resolved: Resolved, listener: Listener) -> Callable[[Stepped | Outcome], None]:
+    def _teller(
+        self, spec: JobSpec, finish: Finish, listener: Callable[[Any], None]
+    ) -> Callable[[Stepped | Outcome], None]:
         def tell(event: Stepped | Outcome) -> None:
             if spec.id not in self._listeners:
                 return
@@ -177,29 +251,29 @@ class Engine:
                 self._steps[spec.id] = event
                 listener(progress_of(event))
                 return
-            self._tell_end(spec.id, self._outcome(spec, resolved, event))
+            self._tell_end(spec.id, self._outcome(spec, finish, event))
 
         self._listeners[spec.id] = listener
 
         return tell
 
-    def _tell_end(self, job: str, event: Event) -> None:
+    def _tell_end(self, job: str, event: Any) -> None:
         """The last word to whoever waits for a job, once."""
         self._steps.pop(job, None)
         listener = self._listeners.pop(job, None)
         if listener is not None:
             listener(event)
 
-    def _outcome(self, spec: JobSpec, resolved: Resolved, outcome: Outcome) -> Event:
+    def _outcome(self, spec: JobSpec, finish: Finish, outcome: Outcome) -> Any:
         try:
-            return self._ended(spec, resolved, outcome)
+            return self._ended(spec, finish, outcome)
         except TriptychError as error:
             return error
         except Exception as error:  # without an answer the caller would wait for ever
             logger.exception("the result of job %s cannot be read", spec.id)
             return TriptychError(f"the result of job {spec.id} cannot be read ({type(error).__name__}: {error})")
 
-    def _ended(self, spec: JobSpec, resolved: Resolved, outcome: Outcome) -> Event:
+    def _ended(self, spec: JobSpec, finish: Finish, outcome: Outcome) -> Any:
         if outcome.state != "done":
             if not self._parts.durable:
                 self._keeper.drop(spec.id)  # nobody can replay it
@@ -207,10 +281,10 @@ class Engine:
         record = self._coordinator.job(spec.id)
         assert record is not None
         if spec.encoding is not None:
-            return result_of(self.topology, resolved, record, None)
+            return finish(record, None)
         payload = self._keeper.take(spec.id, "result")
         self._keeper.drop(spec.id)
-        return result_of(self.topology, resolved, record, payload)
+        return finish(record, payload)
 
     def generate(self, request: Request, *, exact: bool = False) -> Result:
         """Runs a request to its end. Raises what it fails with."""
@@ -222,6 +296,9 @@ class Engine:
                 outcome.put(event)
 
         job, _ = self._submit(request, Options(exact=exact), listen)
+        return self._await(job, outcome)
+
+    def _await(self, job: str, outcome: queue.SimpleQueue[T | TriptychError]) -> T:
         try:
             event = outcome.get()
         except BaseException:
@@ -230,6 +307,26 @@ class Engine:
         if isinstance(event, TriptychError):
             raise event
         return event
+
+    def decode_latents(self, latents: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Pixels about −1…1 (batch, 3, [frames,] height, width) of latents, by the model's VAE alone. `options` are
+        those of `VaeOptions`, but `do_scaling` unless told otherwise. Raises like `generate`."""
+        return self._call_vae("vae.decode", latents, {"do_scaling": True, **options})
+
+    def encode_pixels(self, pixels: torch.Tensor | Image.Image, **options: Any) -> torch.Tensor:
+        """The latents of a picture, or of pixels as `VaeCall` takes them, by the model's VAE alone: the middle of their
+        distribution. `options` and errors as in `decode_latents`."""
+        return self._call_vae("vae.encode", pixels, {"do_scaling": True, **options})
+
+    def _call_vae(self, task: VaeTask, given: torch.Tensor | Image.Image, options: dict[str, Any]) -> torch.Tensor:
+        call, data = call_of(self.topology, task, given, options)
+        outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def listen(event: Any) -> None:
+            if not isinstance(event, Progress):
+                outcome.put(event)
+
+        return self._await(self.submit_vae(call, data, listener=listen), outcome)
 
     def stream(self, request: Request, *, preview: bool = False) -> Generator[Progress | Result, None, None]:
         """Yields Progress as it happens, then the Result. Leaving the iteration early cancels the job."""
@@ -281,6 +378,15 @@ class Engine:
         position = self._coordinator.position(job)
         return JobView(record, position, here.step if here else 0, here.steps if here else 0)
 
+    def id_of(self, client: str, name: str) -> str:
+        """The id of the job that a client names so, whether there is one or not: the same again with the same state
+        folder, and not to be guessed."""
+        return self._names.id_of(client, name)
+
+    def estimate(self, job: str) -> Estimate:
+        """When a job that has not ended will start and end, as far as that can be told."""
+        return self._coordinator.estimate(job)
+
     def watch(self, job: str, watcher: Callable[[Stepped | Outcome], None]) -> Callable[[], None]:
         """Calls `watcher` with every unit done from now on and finally with the Outcome, on the thread that brings it;
         returns what ends that. Raises InvalidRequest for a job that is unknown or has expired."""
@@ -312,6 +418,12 @@ class Engine:
     def missing_stages(self) -> tuple[StageName, ...]:
         """The stages that no worker is ready for."""
         return self._coordinator.missing()
+
+    def flush(self, timeout: float = 30.0) -> FlushReport:
+        """Has every worker let go of what it keeps only to be faster, after the unit that it is at, and waits at most
+        `timeout` seconds for them. Raises QueueFull while another flush is under way."""
+        report = self._coordinator.flush(timeout)
+        return structs.replace(report, coordinator={"transfer": self._keeper.trim()})
 
     def drain(self, timeout: float) -> bool:
         """Takes no more jobs and waits at most `timeout` seconds for those it has; whether they have ended."""

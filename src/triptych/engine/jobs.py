@@ -69,11 +69,17 @@ class JobView:
 
 @dataclass(frozen=True)
 class ResultFile:
-    """One output of a finished job, as a file or as bytes."""
+    """One output of a finished job, as a file or as bytes. `find` says where the file is, once it has fetched one that
+    lies elsewhere; it raises KeyError for one that has expired, or StorageFailed."""
 
     media_type: str
-    path: Path | None = None
+    find: Callable[[], Path] | None = None
     data: bytes | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The file, if it is one. Raises like `find`, which may take a moment."""
+        return None if self.find is None else self.find()
 
 
 Listener = Callable[[Event], None]

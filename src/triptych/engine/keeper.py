@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
 import torch
 
 from triptych.cluster import Kept
 from triptych.engine.jobs import ResultFile
-from triptych.errors import TriptychError
+from triptych.errors import StorageFailed, TriptychError
 from triptych.messages import MEDIA_TYPES, Descriptor, ticket_for
 from triptych.transfer import Exchange, Payload, payload_of, payload_parts, tensors_in
 
@@ -136,10 +139,16 @@ class Folder:
 
     def keep_failed(self, job: str, task: bytes) -> None:
         """Writes `failed.task`, and copies of what else a replay needs."""
-        self.artifacts.write(job, "failed.task", task)
+        self.artifacts.write_soon(job, "failed.task", task)
         for name in ("pictures", "checkpoint"):
             with contextlib.suppress(KeyError):
-                self.artifacts.write(job, f"failed.{name}", self.artifacts.view(job, name))
+                self.artifacts.write_soon(job, f"failed.{name}", self.artifacts.view(job, name))
+
+    def _path(self, job: str, name: str) -> Path:
+        try:
+            return self.artifacts.path(job, name)
+        except OSError as error:
+            raise StorageFailed(f"a result cannot be read: {error}") from error
 
     def files(self, job: str) -> list[ResultFile]:
         """The numbered files, in the order of the outputs."""
@@ -147,9 +156,8 @@ class Folder:
         for name in self.artifacts.names(job):
             number, _, suffix = name.partition(".")
             if number.isdigit() and suffix in MEDIA_TYPES:
-                path = self.artifacts.path(job, name)
-                data = None if path is not None else self.artifacts.read(job, name)
-                found.append((int(number), ResultFile(MEDIA_TYPES[suffix], path, data)))
+                file = ResultFile(MEDIA_TYPES[suffix], functools.partial(self._path, job, name))
+                found.append((int(number), file))
         return [file for _, file in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -179,7 +187,10 @@ class PayloadKeeper:
 
     def put(self, job: str, what: str, payload: Payload) -> Kept:
         """Keeps a payload of this process' own, such as a request's pictures."""
-        return Kept(name=f"{job}/{what}", bytes=self._shelf.put(job, what, payload))
+        try:
+            return Kept(name=f"{job}/{what}", bytes=self._shelf.put(job, what, payload))
+        except OSError as error:
+            raise StorageFailed(f"the {what} of job {job} cannot be kept: {error}") from error
 
     def take(self, job: str, what: str) -> Payload:
         """A kept payload, no longer kept. Raises KeyError."""
@@ -203,7 +214,12 @@ class PayloadKeeper:
                 if fetched.route != "reference":
                     payload = Payload(_own(payload.values), payload.tags, payload.job, payload.attempt, payload.stage)
                 self._withdraw(f"{job}/{what}")
-                kept = self.put(job, what, payload)
+                kept = msgspec.structs.replace(
+                    self.put(job, what, payload),
+                    fetched_seconds=fetched.seconds,
+                    fetched_bytes=fetched.bytes,
+                    fetched_by=fetched.route,
+                )
             finally:
                 fetched.close()
         except Exception as error:  # whatever it is: without an answer the job would wait for ever
@@ -245,6 +261,10 @@ class PayloadKeeper:
     def files(self, job: str) -> list[ResultFile]:
         """A finished job's result as files; none if it has none, or they have expired."""
         return self._shelf.files(job)
+
+    def trim(self) -> int:
+        """Gives up memory of its exchange in which nothing lies; returns its bytes."""
+        return self._exchange.trim()
 
     def close(self) -> None:
         """Waits for what is being fetched, for nothing that has not begun."""

@@ -7,11 +7,12 @@ import fcntl
 import hashlib
 import math
 import os
+import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,21 +20,25 @@ import msgspec
 import psutil
 
 from triptych import cluster
-from triptych.cluster import Coordinator, JobRecord, JobStore, Limits, MemoryStore, Trace
+from triptych.cluster import Coordinator, JobRecord, JobStore, Limits, MemoryStore, Observer, Trace
 from triptych.config import Layout, Slot
-from triptych.engine.crew import Crew, InProcess, LoadReport, OnExit, OnGivenUp, Processes, Told
-from triptych.engine.keeper import Folder, Memory, PayloadKeeper
+from triptych.engine.crew import Crew, LoadReport, Processes, Told
+from triptych.engine.early import TOPOLOGY, Early
+from triptych.engine.names import kept_secret
+from triptych.engine.specs import Signing
 from triptych.messages import Hello, Task
-from triptych.model import StageName, Topology, Trust, describe, model_digest, open_model
-from triptych.transfer import Exchange, TransferSettings
-from triptych.worker import WorkerSettings, open_for
+from triptych.model import STAGES, StageName, Topology, Trust, model_digest, open_model
+from triptych.transfer import TransferSettings
 
 if TYPE_CHECKING:
-    from triptych.cluster import Supervisor
+    from triptych.cluster import ArtifactFolder
+    from triptych.engine.keeper import PayloadKeeper
+    from triptych.transfer import Exchange
 
 __all__ = ["Opening", "Parts", "open_crew"]
 
 # What only some layouts need is `cluster.X`, imported at that moment: `fused` pays for no network and no database.
+# What brings torch along is imported once the worker processes have been started, which are at the same.
 
 ORPHAN_SECONDS = 60.0
 """How long a worker outlives a coordinator that was killed, to be found by the next one."""
@@ -79,6 +84,11 @@ class Opening:
     listen: str | None
     keys: Path | None
     trace: Path | None
+    artifacts: str | None
+    signed: str | None
+    observers: Sequence[Observer]
+    meanwhile: Callable[[], None]
+    """called while worker processes start"""
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,10 @@ class Parts:
     """jobs outlive this process"""
     cleanup: contextlib.ExitStack
     """closes all of it, in the right order"""
+    signing: Signing | None = None
+    """files say how they were made"""
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+    """the ids of jobs that clients name are made with it"""
 
 
 def open_crew(opening: Opening, report: LoadReport) -> Parts:
@@ -110,10 +124,16 @@ def open_crew(opening: Opening, report: LoadReport) -> Parts:
         stack.callback(parts.crew.stop)
         stack.callback(parts.coordinator.close)  # first, so that no worker that is told to end gets another task
         parts.crew.start(report)
-        return replace(parts, cleanup=stack.pop_all())
+        if opening.state is not None:
+            parts = replace(parts, secret=kept_secret(opening.state))
+        return replace(parts, cleanup=stack.pop_all(), signing=_signing(opening, layout))
 
 
 def _open_alone(opening: Opening, layout: Layout, stack: contextlib.ExitStack) -> Parts:
+    from triptych.engine.in_process import InProcess
+    from triptych.transfer import Exchange
+    from triptych.worker import WorkerSettings, open_for
+
     transfer = TransferSettings(routes=("reference",))
     plan = layout.workers[0]
     settings = WorkerSettings(
@@ -137,14 +157,15 @@ def _open_alone(opening: Opening, layout: Layout, stack: contextlib.ExitStack) -
     exchange = Exchange(transfer)
     stack.callback(exchange.close)
     folder = None if opening.state is None else _folder(opening.state, stack)
-    store, keeper = _keeping(folder, exchange, stack, durable=True)
+    store = _store(folder, stack)
+    keeper = _keeper(folder, exchange, stack, opening)
     coordinator = Coordinator(
         opened.stages,
         store=store,
         keeper=keeper,
         model_digest=opened.digest,
         limits=limits,
-        trace=_trace(opening),
+        observers=_observers(opening),
         failed=_failed(keeper),
     )
     stack.callback(coordinator.close)
@@ -157,15 +178,36 @@ def _open_alone(opening: Opening, layout: Layout, stack: contextlib.ExitStack) -
 def _open_processes(opening: Opening, layout: Layout, stack: contextlib.ExitStack) -> Parts:
     trust = opening.trust
     source = open_model(opening.model, revision=opening.revision, offline=opening.offline, trust=trust)
-    topology = describe(source, opening.workflow, trust)
-    stages: tuple[StageName, ...] = tuple(part.name for part in topology.stages)
-    layout.check(stages, psutil.virtual_memory().total)
     keys = None if layout.listen is None else cluster.load_server_keys(layout.listen.keys)
     folder = _folder(opening.state, stack)
     sockets = _sockets(folder, stack)
+    # From here on the folder is nobody else's, and so are the workers of which it tells.
+    store = _store(folder if opening.state is not None else None, stack)
+    socket = f"ipc://{sockets / CONTROL}"
+
+    def workers(stages: Sequence[StageName]) -> Early:
+        here = [slot for slot in layout.slots(stages) if slot.local]
+        slots = [cluster.WorkerSlot(slot.name, _command(opening, layout, slot, socket, folder)) for slot in here]
+        return Early(slots, {slot.name: slot.stages for slot in here}, folder)
+
+    early = _start_early(layout, workers, stack)
+    opening.meanwhile()
+    from triptych.transfer import Exchange
+
     exchange = Exchange(TransferSettings(**layout.transfer.given()), folder=sockets / "keeper")
     stack.callback(exchange.close)
-    store, keeper = _keeping(folder, exchange, stack, durable=opening.state is not None)
+    keeper = _keeper(folder, exchange, stack, opening)
+    topology = None if early is None else early.topology()
+    if topology is None:
+        from triptych.model import describe
+
+        topology = describe(source, opening.workflow, trust)
+    stages: tuple[StageName, ...] = tuple(part.name for part in topology.stages)
+    layout.check(stages, psutil.virtual_memory().total)
+    if early is None or stages != STAGES:
+        if early is not None:
+            early.stop()
+        early = workers(stages)
     crew: Processes | None = None
 
     def dismissed(hello: Hello, kind: str, reason: str) -> None:
@@ -178,26 +220,33 @@ def _open_processes(opening: Opening, layout: Layout, stack: contextlib.ExitStac
         keeper=keeper,
         model_digest=model_digest(source, topology.workflow),
         limits=Limits(**layout.limits.given()),
-        trace=_trace(opening),
+        observers=_observers(opening),
         dismissed=dismissed,
         failed=_failed(keeper),
         gone=exchange.peer_gone,
     )
     stack.callback(coordinator.close)
     coordinator.restore()
-    socket = f"ipc://{sockets / CONTROL}"
     endpoints = [socket] if layout.listen is None else [socket, layout.listen.endpoint]
-    here = [slot for slot in layout.slots(stages) if slot.local]
-    slots = [cluster.WorkerSlot(slot.name, _command(opening, layout, slot, socket)) for slot in here]
-
-    def supervise(exited: OnExit, given_up: OnGivenUp) -> Supervisor:
-        return cluster.Supervisor(slots, folder / "workers", on_exit=exited, on_given_up=given_up)
-
     awaited = opening.isolate or layout.listen is not None
-    held = {slot.name: slot.stages for slot in here}
     told = Told(coordinator, topology)
-    crew = Processes(told, coordinator, endpoints, keys, supervise, held, awaited)
+    crew = Processes(told, coordinator, endpoints, keys, early.supervise, early.held, awaited)
     return Parts(topology, coordinator, keeper, crew, opening.state is not None, stack)
+
+
+def _start_early(
+    layout: Layout, workers: Callable[[Sequence[StageName]], Early], stack: contextlib.ExitStack
+) -> Early | None:
+    """Starts the workers of a model that has all the stages, as nearly every one does: what it is they will say. None
+    where that would not do, or where workers may be left that need not be started."""
+    if layout.problems(STAGES, psutil.virtual_memory().total):
+        return None
+    early = workers(STAGES)
+    if not early.held or early.finds_others:
+        return None
+    stack.callback(early.stop)
+    early.start()
+    return early
 
 
 def _folder(state: Path | None, stack: contextlib.ExitStack) -> Path:
@@ -229,11 +278,12 @@ def _leave(sockets: Path) -> None:
         shutil.rmtree(sockets)
 
 
-def _command(opening: Opening, layout: Layout, slot: Slot, socket: str) -> list[str]:
+def _command(opening: Opening, layout: Layout, slot: Slot, socket: str, folder: Path) -> list[str]:
     """The command line of a worker process: the same as a person's."""
     words = [sys.executable, "-m", "triptych", "worker", *slot.arguments(), "--model", opening.model]
     orphan = ORPHAN_SECONDS if opening.state is not None else LOST_SECONDS
     words += ["--join", socket, "--orphan-seconds", str(orphan), *layout.transfer.arguments()]
+    words += ["--topology", str(folder / TOPOLOGY)]
     given = {"workflow": opening.workflow, "revision": opening.revision, "preview-vae": opening.preview_vae}
     for name, value in given.items():
         words += [] if value is None else [f"--{name}", value]
@@ -245,19 +295,40 @@ def _command(opening: Opening, layout: Layout, slot: Slot, socket: str) -> list[
     return words + [f"--{name}" for name, wanted in flags.items() if wanted]
 
 
-def _trace(opening: Opening) -> Trace | None:
-    return None if opening.trace is None else Trace(opening.trace)
+def _observers(opening: Opening) -> list[Observer]:
+    return [*opening.observers, *([] if opening.trace is None else [Trace(opening.trace)])]
 
 
-def _keeping(
-    folder: Path | None, exchange: Exchange, stack: contextlib.ExitStack, durable: bool
-) -> tuple[JobStore, PayloadKeeper]:
-    store: JobStore = MemoryStore() if folder is None or not durable else cluster.SqliteStore(folder / "jobs.sqlite")
+def _signing(opening: Opening, layout: Layout) -> Signing | None:
+    dtypes = {plan.dtype for plan in layout.workers}
+    return None if opening.signed is None else Signing(opening.signed, dtypes.pop() if len(dtypes) == 1 else None)
+
+
+def _store(folder: Path | None, stack: contextlib.ExitStack) -> JobStore:
+    store: JobStore = MemoryStore() if folder is None else cluster.SqliteStore(folder / "jobs.sqlite")
     stack.callback(store.close)
-    shelf = Memory() if folder is None else Folder(cluster.ArtifactFolder(folder / "artifacts"), lasting=durable)
-    keeper = PayloadKeeper(exchange, shelf)
+    return store
+
+
+def _keeper(
+    folder: Path | None, exchange: Exchange, stack: contextlib.ExitStack, opening: Opening
+) -> PayloadKeeper:
+    from triptych.engine.keeper import Folder, Memory, PayloadKeeper
+
+    lasting = opening.state is not None
+    artifacts = _artifacts(folder, opening, stack)
+    keeper = PayloadKeeper(exchange, Memory() if artifacts is None else Folder(artifacts, lasting=lasting))
     stack.callback(keeper.close)
-    return store, keeper
+    return keeper
+
+
+def _artifacts(folder: Path | None, opening: Opening, stack: contextlib.ExitStack) -> ArtifactFolder | None:
+    if opening.artifacts is None:
+        return None if folder is None else cluster.ArtifactFolder(folder / "artifacts")
+    spool = None if folder is None else folder / "spool"
+    found = cluster.ArtifactFolder(opening.artifacts, spool=spool, own=opening.state is None)
+    stack.callback(found.close)
+    return found
 
 
 def _failed(keeper: PayloadKeeper) -> Callable[[JobRecord, Task], None]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from triptych.cluster import Failure, JobRecord, Outcome
-from triptych.decode import to_clips, to_images
 from triptych.errors import Cancelled, StageFailed, TriptychError, error_class
 from triptych.messages import Stepped
 from triptych.model import Resolved, Topology
 from triptych.request import Progress, Result, StageTime
-from triptych.transfer import Payload
+
+if TYPE_CHECKING:
+    from triptych.transfer import Payload
 
 __all__ = ["error_of", "progress_of", "result_of"]
 
@@ -48,9 +49,12 @@ def result_of(topology: Topology, resolved: Resolved, record: JobRecord, payload
     """The result of a job that is done; without outputs for one whose outputs are files."""
     request = resolved.request
     outputs: tuple[Any, ...] = ()
-    if payload is not None and "videos" in payload.values:
-        outputs = tuple(to_clips(payload.values["videos"], request.fps or 16.0))
-    elif payload is not None:
-        outputs = tuple(to_images(payload.values["images"]))
+    if payload is not None:
+        from triptych.decode import to_clips, to_images
+
+        if "videos" in payload.values:
+            outputs = tuple(to_clips(payload.values["videos"], request.fps or 16.0))
+        else:
+            outputs = tuple(to_images(payload.values["images"]))
     times = tuple(StageTime(one.stage, one.seconds, one.steps, one.peak_bytes) for one in record.finished)
     return Result(record.spec.id, topology.source.name, resolved.workflow, request, outputs, times, resolved.warnings)

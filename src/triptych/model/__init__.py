@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from triptych.model.crossings import SAMPLE_PROMPT, BoundaryTensor, boundary
     from triptych.model.description import describe
     from triptych.model.digest import model_digest
-    from triptych.model.door import Resolved, resolve
+    from triptych.model.door import Resolved, made_size, resolve
     from triptych.model.infos import component_infos
     from triptych.model.load import Components, Placement, load_component, meta_component
     from triptych.model.open import embedded_models, open_model
@@ -32,9 +32,18 @@ if TYPE_CHECKING:
     )
     from triptych.model.topology_codec import topology_from_bytes, topology_to_bytes
     from triptych.model.trust import Trust
+    from triptych.model.vae_call import (
+        Extent,
+        VaeCall,
+        VaeOptions,
+        check_memory,
+        extent_of,
+        picture_call,
+        vae_stage,
+    )
 
 _HOMES = {
-    "door": ("Resolved", "resolve"),
+    "door": ("Resolved", "made_size", "resolve"),
     "crossings": ("SAMPLE_PROMPT", "BoundaryTensor", "boundary"),
     "description": ("describe",),
     "digest": ("model_digest",),
@@ -57,6 +66,7 @@ _HOMES = {
     ),
     "topology_codec": ("topology_from_bytes", "topology_to_bytes"),
     "trust": ("Trust",),
+    "vae_call": ("Extent", "VaeCall", "VaeOptions", "check_memory", "extent_of", "picture_call", "vae_stage"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -69,6 +79,7 @@ __all__ = [
     "ComponentInfo",
     "Components",
     "Defaults",
+    "Extent",
     "InputInfo",
     "Pause",
     "Placement",
@@ -83,20 +94,27 @@ __all__ = [
     "TaskOutputs",
     "Topology",
     "Trust",
+    "VaeCall",
+    "VaeOptions",
     "boundary",
     "check_checkpoint",
+    "check_memory",
     "component_infos",
     "describe",
     "embedded_models",
+    "extent_of",
     "load_component",
+    "made_size",
     "meta_component",
     "model_digest",
     "open_model",
+    "picture_call",
     "program",
     "resolve",
     "topology_from_bytes",
     "topology_to_bytes",
     "unsplit",
+    "vae_stage",
 ]
 
 

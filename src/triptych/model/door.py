@@ -272,14 +272,17 @@ def _check_type(name: str, value: Any, hint: str) -> None:
 def activation_bytes(topology: Topology, request: Request) -> int:
     """A rough lower bound of what decoding takes beyond the weights: the finest layer of a VAE holds about 96
     channels per pixel, in and out, in the smallest common dtype (2 bytes), for the frames that one latent makes."""
-    width, height = _made_size(topology, request)
-    frames = min(request.num_frames or 1, topology.temporal_scale or 1)
-    outputs = request.num_outputs * len(request.prompts)
-    pictures = width * height * 3 * 4 * (request.num_frames or 1) * outputs
-    return width * height * frames * 96 * 2 * 2 * outputs + pictures
+    width, height = made_size(topology, request)
+    return decoding_bytes(topology, width, height, request.num_frames or 1, request.num_outputs * len(request.prompts))
 
 
-def _made_size(topology: Topology, request: Request) -> tuple[int, int]:
+def decoding_bytes(topology: Topology, width: int, height: int, frames: int, outputs: int) -> int:
+    """The same for so many pictures, or clips of so many frames, of that size."""
+    at_once = min(frames, topology.temporal_scale or 1)
+    return width * height * outputs * (at_once * 96 * 2 * 2 + frames * 3 * 4)
+
+
+def made_size(topology: Topology, request: Request) -> tuple[int, int]:
     """Width and height of what will be made: asked for, else the default of an input that the model takes, else the
     picture's own, else what the model was made for. 0 if nothing tells."""
     declared, default = inputs_of(topology), topology.defaults
@@ -296,7 +299,7 @@ def _check_memory(topology: Topology, request: Request, memory: int) -> None:
     # A tiny VAE has far fewer channels than the bound assumes: below a gigabyte nobody's memory is at stake.
     needed = activation_bytes(topology, request)
     if needed > max(memory, 2**30):
-        width, height = _made_size(topology, request)
+        width, height = made_size(topology, request)
         size = f"{width}×{height}" + (f"×{request.num_frames}" if request.num_frames else "")
         raise NotEnoughMemory(
             f"{size} × {request.num_outputs * len(request.prompts)} takes about {needed / 2**30:.1f} GiB to decode, "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import functools
+from collections.abc import AsyncIterator, Callable, Container
 from dataclasses import dataclass
 
 from fastapi import Request as HttpRequest
@@ -13,12 +14,12 @@ from starlette.concurrency import run_in_threadpool
 from triptych.errors import InvalidRequest, NoWorker
 from triptych.request import Request
 from triptych.server.door import JobView
-from triptych.server.errors import Draining, JobNotFound
+from triptych.server.errors import Conflict, Draining, JobNotFound
 from triptych.server.front import Front
 from triptych.server.locks.bounds import check_bounds
 from triptych.server.locks.keys import Caller
 
-__all__ = ["Wanted", "begin", "cancelled_if_left", "finish", "view_of"]
+__all__ = ["Wanted", "begin", "begin_by", "begin_or_replay", "cancelled_if_left", "finish", "view_of"]
 
 UNDER_WAY = ("queued", "running")
 
@@ -39,26 +40,67 @@ class Wanted:
 async def begin(front: Front, caller: Caller, wanted: Wanted) -> str:
     """Takes a job and returns its id. Raises Draining, NoWorker, InvalidRequest, QueueFull, NotEnoughMemory, or what
     else is wrong with it; nothing has begun then."""
-    return await run_in_threadpool(_begin, front, caller, wanted)
+    return (await begin_or_replay(front, caller, wanted))[0]
 
 
-def _begin(front: Front, caller: Caller, wanted: Wanted) -> str:
+async def begin_or_replay(front: Front, caller: Caller, wanted: Wanted) -> tuple[str, bool]:
+    """The same, and whether it is a job that was taken before, by the same key for the same. Raises Conflict for the
+    same key with something else."""
+    return await run_in_threadpool(_begin_or_replay, front, caller, wanted)
+
+
+def _begin_or_replay(front: Front, caller: Caller, wanted: Wanted) -> tuple[str, bool]:
+    if wanted.key is None:
+        return _begin(front, caller, wanted), False
+    name, digest = wanted.key
+    job = front.door.id_of(caller.name, name)
+    if _is_there(front, job, digest):
+        return job, True
+    try:
+        return _begin(front, caller, wanted, id=job, digest=digest), False
+    except InvalidRequest:
+        if _is_there(front, job, digest):  # the same came twice at once, and this one second
+            return job, True
+        raise
+
+
+def _is_there(front: Front, job: str, digest: str) -> bool:
+    view = front.door.view(job)
+    if view is not None and view.record.spec.digest != digest:
+        raise Conflict("it was given before, with another body", field="idempotency-key")
+    return view is not None
+
+
+def _begin(front: Front, caller: Caller, wanted: Wanted, **named: str) -> str:
+    door = front.door
+
+    def submit() -> str:
+        return door.submit(
+            wanted.request,
+            preview=wanted.preview,
+            client=caller.name,
+            priority=wanted.priority,
+            deadline=wanted.deadline,
+            exact=wanted.exact,
+            trace=caller.visit.trace,
+            **named,
+            check=functools.partial(check_bounds, front.settings.bounds, door.topology),
+        ).id
+
+    return begin_by(front, caller, submit)
+
+
+def begin_by(front: Front, caller: Caller, submit: Callable[[], str], stages: Container[str] | None = None) -> str:
+    """Takes a job that `submit` gives the id of, and that needs these stages (None: all). Blocks; raises like
+    `begin`."""
     door = front.door
     if front.draining:
         raise Draining("the server is stopping and takes no more jobs")
-    check_bounds(front.settings.bounds, wanted.request, door.topology)
-    missing = door.missing_stages()
+    missing = [stage for stage in door.missing_stages() if stages is None or stage in stages]
     if missing and front.refuses_missing:
         raise NoWorker(f"no worker is ready for {', '.join(missing)}")
-    front.rates.take(caller.name, lambda: door.under_way(caller.name))
-    job = door.submit(
-        wanted.request,
-        preview=wanted.preview,
-        client=caller.name,
-        priority=wanted.priority,
-        deadline=wanted.deadline,
-        exact=wanted.exact,
-    ).id
+    with front.rates.taking(caller.name, lambda: door.under_way(caller.name)):
+        job = caller.visit.job = submit()
     front.follower.begin(job)
     return job
 
@@ -69,6 +111,7 @@ def view_of(front: Front, caller: Caller, job: str) -> JobView:
     view = front.door.view(job) if job.isascii() and job.isalnum() and len(job) <= 64 else None
     if view is None or view.record.spec.client != caller.name:
         raise JobNotFound("no such job, or it has expired", field="job")
+    caller.visit.job = job
     return view
 
 

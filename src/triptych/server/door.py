@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from triptych.cluster import JobRecord, JobState, Outcome
-    from triptych.messages import Stepped
-    from triptych.model import Topology
+    from triptych.cluster import Estimate, FlushReport, JobRecord, JobState, Outcome
+    from triptych.messages import Encoding, Stepped
+    from triptych.model import Topology, VaeCall
     from triptych.request import Request
 
 __all__ = ["Door", "JobView", "ResultFile", "Submitted"]
@@ -77,9 +77,28 @@ class Door(Protocol):
 
     def submit(
         self, request: Request, *, preview: bool = False, client: str = "", priority: int = 0,
-        deadline: float | None = None, exact: bool = False,
+        deadline: float | None = None, exact: bool = False, id: str | None = None, digest: str = "",
+        trace: str = "", check: Callable[[Request], None] | None = None,
     ) -> Submitted:  # fmt: skip
-        """Takes a job. Raises TriptychError if it is wrong, or if there is no room for it."""
+        """Takes a job. `id`: as `id_of` gives it, InvalidRequest if there is one of that id; `digest`: of what was
+        asked, kept with the job; `trace`: the W3C `traceparent` that it belongs to. `check` is given the request with
+        its defaults filled in, before any work; what it raises refuses the job. Raises TriptychError if it is wrong, or
+        if there is no room for it."""
+        ...
+
+    def id_of(self, client: str, name: str) -> str:
+        """The id of the job that a client names so, whether there is one or not."""
+        ...
+
+    def estimate(self, job: str) -> Estimate:
+        """When a job that has not ended will start and end, as far as that can be told."""
+        ...
+
+    def submit_vae(
+        self, call: VaeCall, data: bytearray, *, encoding: Encoding, client: str = "", trace: str = ""
+    ) -> str:  # fmt: skip
+        """Takes a call of the model's VAE by itself on a tensor's bytes, and gives the job's id; what it makes is a
+        file of that encoding. Raises like `submit`."""
         ...
 
     def view(self, job: str) -> JobView | None:
@@ -116,6 +135,11 @@ class Door(Protocol):
 
     def status(self) -> Any:
         """The cluster's state, as data that msgspec writes."""
+        ...
+
+    def flush(self, timeout: float = 30.0) -> FlushReport:
+        """Has every worker let go of what it keeps only to be faster, and waits at most `timeout` seconds for them.
+        Raises QueueFull while another flush is under way."""
         ...
 
     def missing_stages(self) -> tuple[str, ...]:

@@ -41,10 +41,11 @@ def bytes_of(file: ResultFile) -> bytes:
     """What a result holds. Raises ResultGone once it has expired."""
     if file.data is not None:
         return file.data
-    assert file.path is not None, "a result is a file or bytes"
     try:
-        return file.path.read_bytes()
-    except FileNotFoundError:
+        path = file.path
+        assert path is not None, "a result is a file or bytes"
+        return path.read_bytes()
+    except (FileNotFoundError, KeyError):
         raise ResultGone("the result has expired") from None
 
 
@@ -55,8 +56,12 @@ def _response(file: ResultFile, name: str) -> Response:
         "Cache-Control": "private, max-age=31536000, immutable",
         "X-Content-Type-Options": "nosniff",
     }
-    if file.path is not None:
-        if not file.path.is_file():
-            raise ResultGone("the result has expired")
-        return FileResponse(file.path, headers=headers, media_type=file.media_type)
-    return Response(bytes_of(file), headers=headers, media_type=file.media_type)
+    if file.data is not None:
+        return Response(file.data, headers=headers, media_type=file.media_type)
+    try:
+        path = file.path
+    except KeyError:
+        path = None
+    if path is None or not path.is_file():
+        raise ResultGone("the result has expired")
+    return FileResponse(path, headers=headers, media_type=file.media_type)

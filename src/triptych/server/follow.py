@@ -56,10 +56,11 @@ class _Track:
             if isinstance(event, Stepped):
                 found = Happening(self.count, event.stage, event.step, event.steps, event.seconds, event.preview)
                 if event.preview is not None:
-                    self._forget_previews()
+                    self.forget_previews()
             else:
                 found, self.ended = Happening(self.count, None), True
-                self._forget_previews()
+                if not self.bells:  # whoever listens may not have seen the last one yet
+                    self.forget_previews()
             self.kept.append(found)
         self.ring()
 
@@ -69,7 +70,8 @@ class _Track:
         for bell in bells:
             bell.ring()
 
-    def _forget_previews(self) -> None:
+    def forget_previews(self) -> None:
+        """Lets go of the newest one, which is the only one that is kept."""
         for index in range(len(self.kept) - 1, -1, -1):
             if self.kept[index].preview is not None:
                 self.kept[index] = replace(self.kept[index], preview=None)
@@ -115,6 +117,12 @@ class Follower:
             self.forget(job)
             raise
         self._trim()
+
+    def count(self, job: str) -> int:
+        """How much has happened to a job so far, as far as it was followed. Raises like `begin`."""
+        self.begin(job)
+        track = self._tracks.get(job)
+        return 0 if track is None else track.count
 
     def forget(self, job: str) -> None:
         """Follows a job no longer; whoever listens hears its end."""
@@ -179,3 +187,5 @@ def _listening(track: _Track, every: bool) -> Iterator[asyncio.Event]:
     finally:
         with track.lock:
             track.bells.discard(bell)
+            if track.ended and not track.bells:
+                track.forget_previews()

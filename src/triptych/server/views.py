@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from triptych.messages import MEDIA_TYPES
 from triptych.server.door import Door, JobView
@@ -12,7 +12,7 @@ from triptych.server.door import Door, JobView
 if TYPE_CHECKING:
     from triptych.cluster import Failure, JobRecord
 
-__all__ = ["FILE_RESPONSES", "ErrorBody", "Health", "JobObject", "job_object", "wrong"]
+__all__ = ["FILE_RESPONSES", "SSE_EVENT", "ErrorBody", "Health", "JobList", "JobObject", "job_object", "wrong"]
 
 FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}},
@@ -21,6 +21,13 @@ FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
     416: {},
 }
 """What a route that sends a file may answer when all is well."""
+
+SSE_EVENT: dict[str, Any] = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
+}
+"""One event of a stream of them, as the OpenAPI page describes it."""
 
 
 class JobError(BaseModel):
@@ -63,8 +70,37 @@ class StageTimes(BaseModel):
     resumed_at: int = Field(description="steps taken over from an attempt that was lost")
 
 
+JOB_EXAMPLE: dict[str, Any] = {
+    "id": "0f8b2c4de6a14f0f9c5b7a3d2e1f6c8b",
+    "object": "job",
+    "state": "running",
+    "model": "emoji",
+    "workflow": "text2image",
+    "created": 1767225600.0,
+    "started": 1767225600.1,
+    "ended": None,
+    "priority": 0,
+    "position": None,
+    "starts_in": 0.0,
+    "done_in": 0.4,
+    "stage": "denoise",
+    "step": 3,
+    "steps": 8,
+    "retries": 0,
+    "times": [],
+    "warnings": [],
+    "request": {"prompt": "a red apple on the left, blue background", "seed": 7, "num_inference_steps": 8},
+    "results": [],
+    "error": None,
+    "failures": [],
+}
+"""A job on the OpenAPI page."""
+
+
 class JobObject(BaseModel):
     """A job. Times of day are seconds since the epoch."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [JOB_EXAMPLE]})
 
     id: str
     object: Literal["job"] = "job"
@@ -75,7 +111,9 @@ class JobObject(BaseModel):
     started: float | None
     ended: float | None
     priority: int
-    position: int | None = Field(description="jobs that go before it, while it is queued")
+    position: int | None = Field(description="jobs that go before it, while it waits for a stage")
+    starts_in: float | None = Field(description="seconds until it is begun, 0 if it is; null while that cannot be told")
+    done_in: float | None = Field(description="seconds until it is done; null while that cannot be told")
     stage: str | None = Field(description="where it is, until it ends")
     step: int
     steps: int = Field(description="of this stage; 0 while unknown")
@@ -88,11 +126,25 @@ class JobObject(BaseModel):
     failures: list[JobError] = Field(description="every attempt that went wrong, the last one last")
 
 
+class JobList(BaseModel):
+    """Some of the caller's jobs, newest first."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"object": "list", "data": [JOB_EXAMPLE], "has_more": False}]}
+    )
+
+    object: Literal["list"] = "list"
+    data: list[JobObject]
+    has_more: bool = Field(description="there are older ones: ask again with `before` the last one's id")
+
+
 class Health(BaseModel):
     """Whether jobs can be run."""
 
     status: Literal["ok", "draining", "unavailable"]
     missing: list[str] = Field(description="stages that no worker is ready for")
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"status": "ok", "missing": []}]})
 
 
 def job_object(door: Door, view: JobView) -> JobObject:
@@ -100,6 +152,7 @@ def job_object(door: Door, view: JobView) -> JobObject:
     record = view.record
     spec, ended = record.spec, record.ended is not None
     failures = [_error(failure) for failure in record.failures]
+    estimate = door.estimate(spec.id)
     return JobObject(
         id=spec.id,
         state=record.state,
@@ -110,6 +163,8 @@ def job_object(door: Door, view: JobView) -> JobObject:
         ended=record.ended,
         priority=spec.priority,
         position=view.position,
+        starts_in=estimate.starts_in,
+        done_in=estimate.done_in,
         stage=None if ended else _stage(record),
         step=view.step,
         steps=view.steps,

@@ -46,6 +46,7 @@ from triptych.stage.protocol import (
     StageTask,
     StepDone,
 )
+from triptych.stage.vae import check_input, check_input_head, run_vae
 from triptych.transfer import Header, Payload
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,10 @@ class GatherStage:
         if len(self._live) >= self._capacity:
             return Full()
         try:
-            self._check(task.payload)
+            if task.bare is None:
+                self._check(task.payload)
+            else:
+                check_input(task.payload)
             self._check_checkpoint(task.checkpoint)
         except WrongPayload as error:
             return Refused(error)
@@ -164,6 +168,10 @@ class GatherStage:
         """Checks the header of a task's input before its body is fetched. Raises WrongPayload for values that the
         topology does not declare."""
         check_head(header, {port.name for port in self.program.stage.inputs}, f"stage {self.name}")
+
+    def expects_tensor(self, header: Header) -> None:
+        """The same for the tensor of a bare task."""
+        check_input_head(header)
 
     def expects_checkpoint(self, header: Header) -> None:
         """The same for a task's checkpoint."""
@@ -210,6 +218,8 @@ class GatherStage:
             self._advance(live, lambda task: self._gather.begin(task))
 
     def _body(self, live: Live) -> TaskOutputs:
+        if live.task.bare is not None:
+            return run_vae(live.task, self.program.topology, self._gather.stand_ins, self._placement.device)
         return self.program.run(live.inputs, self._gather.stand_ins, lambda step: self._on_step(live, step))
 
     def _on_step(self, live: Live, step: Step) -> None:
@@ -292,7 +302,10 @@ class GatherStage:
 
     def _end(self, live: Live, outputs: TaskOutputs) -> None:
         try:
-            payload = self._payload(live, outputs)
+            if live.task.bare is None:
+                payload = self._payload(live, outputs)
+            else:  # whatever it made, it is nothing for the kind of stage to change
+                payload = GatherStage._payload(self, live, outputs)
         except Exception as error:
             self._events.append(Failed(live.task.job, self._explain(live, error)))
             return

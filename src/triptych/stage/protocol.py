@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from triptych.errors import TriptychError
+from triptych.request import VaeTask
 from triptych.stage.caches import Freed
 from triptych.transfer import Payload
 
@@ -56,6 +57,8 @@ class StageTask:
     """Where to go on: the payload of a `Checkpoint` of the same task. None: from the start."""
     checkpoint_seconds: float | None = None
     """Seconds of work after which the next pause between steps gives a `Checkpoint`; 0: each pause; None: none."""
+    bare: VaeTask | None = None
+    """No pipeline's code: a call of the stage's VAE on the payload's `tensor`, with `fields` as `VaeOptions`."""
 
 
 @dataclass(frozen=True)

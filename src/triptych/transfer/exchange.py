@@ -297,6 +297,13 @@ class Exchange:
         """Lets go of what those left behind that died unnoticed: to be called now and then."""
         self._client.tidy()
 
+    def trim(self) -> int:
+        """Gives up memory in which no payload lies; returns its bytes. Mappings of others' memory go, too, so that what
+        they give up is free."""
+        if self._reader is not None:
+            self._reader.trim()
+        return self._pool.trim() + self._arriving.trim()
+
     def stats(self) -> ExchangeStats:
         """What it holds and has done."""
         counts = self._counts

@@ -296,6 +296,14 @@ class SegmentReader:
             self._peers.pop(owner, None)
             self._paths.pop(owner, None)
 
+    def trim(self) -> None:
+        """Unmaps what no consumer holds; it is mapped again when it has to be. Until then a segment that its owner has
+        given up stays in memory."""
+        with self._lock:
+            for views in self._peers.values():
+                for index in [index for index, view in views.items() if not view.lent]:
+                    del views[index]
+
     def close(self) -> None:
         """Lets go of everything."""
         with self._lock:

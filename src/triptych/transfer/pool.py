@@ -202,6 +202,14 @@ class Pool:
             slot.segment.give_back(slot.start, slot.taken)
             self._changed.notify_all()
 
+    def trim(self) -> int:
+        """Gives up the segments in which nothing lies; returns their bytes. The pool grows again when it has to."""
+        with self._changed:
+            unused = [segment for segment in self._segments.values() if segment.is_empty]
+            for segment in unused:
+                self._drop(segment)
+            return sum(segment.size for segment in unused)
+
     def _drop(self, segment: Segment) -> None:
         del self._segments[segment.index]
         if self._dropped is not None:

@@ -72,8 +72,8 @@ class Inputs:
         brought, stage = Brought(stage_task(task)), self._stages.get(task.stage)
         try:
             if task.pictures is not None:
-                pictures = self._fetch(brought, "pictures", task.pictures, None)
-                brought.task.fields.update(pictures_of(pictures.payload))
+                check = stage and stage.expects_tensor if task.bare is not None else None
+                hand_pictures(brought.task, self._fetch(brought, "pictures", task.pictures, check).payload)
             if task.payload is not None:
                 fetched = self._fetch(brought, "payload", task.payload, stage and stage.expects)
                 brought.task.payload = fetched.payload
@@ -111,7 +111,16 @@ def stage_task(task: Task) -> StageTask:
         attempt=task.attempt,
         exact=task.exact,
         checkpoint_seconds=task.checkpoint_seconds,
+        bare=task.bare,
     )
+
+
+def hand_pictures(task: StageTask, payload: Payload) -> None:
+    """Gives the task the pictures that its job came with, or a bare one its tensor. Raises MediaError."""
+    if task.bare is None:
+        task.fields.update(pictures_of(payload))
+    else:
+        task.payload = payload
 
 
 def pictures_of(payload: Payload) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -13,10 +14,11 @@ from pathlib import Path
 
 from triptych.errors import TriptychError
 from triptych.messages import Hello
+from triptych.model import topology_to_bytes
 from triptych.noise import hush
 from triptych.transfer import Exchange
 from triptych.worker.line import Uplink
-from triptych.worker.opening import keep_memory, settle
+from triptych.worker.opening import Opened, keep_memory, settle
 from triptych.worker.settings import WorkerSettings
 from triptych.worker.uplink import CurveKeys, ZmqUplink
 from triptych.worker.worker import Worker
@@ -35,13 +37,18 @@ def worker_main(
     *,
     orphan_seconds: float = 60.0,
     folder: Path | None = None,
+    topology: Path | None = None,
 ) -> int:
     """Runs a worker on the main thread until it leaves, and returns the process' exit code: 0 when it was drained or
     stopped, 2 for an error that says what is wrong (with the settings, the model, the keys), 1 for any other.
 
     SIGTERM and SIGINT drain it; the second stops it, whatever it is at. `endpoint` and `keys` are the coordinator's,
-    see `ZmqUplink`; `folder` is the private one for the exchange's socket. One line per event goes to standard error.
+    see `ZmqUplink`; `folder` is the private one for the exchange's socket; into the file `topology` goes what the model
+    consists of, as soon as that is known. One line per event goes to standard error.
     """
+    # Without what has been imported, every round of the collector is shorter.
+    gc.freeze()
+    gc.enable()
     hush()
     keep_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -52,7 +59,11 @@ def worker_main(
             def connect(hello: Hello) -> Uplink:
                 return ZmqUplink(endpoint, hello, keys, orphan_seconds)
 
-            worker = Worker(settings, connect, exchange, loaded=settle)
+            def described(opened: Opened) -> None:
+                if topology is not None:
+                    _write(topology, topology_to_bytes(opened.topology))
+
+            worker = Worker(settings, connect, exchange, described=described, loaded=settle)
             with signals(worker, exchange):
                 worker.run()
     except TriptychError as error:
@@ -62,6 +73,13 @@ def worker_main(
         logger.exception("the worker failed")
         return EXIT_FAILED
     return EXIT_STOPPED
+
+
+def _write(path: Path, data: bytes) -> None:
+    """In one piece for whoever looks."""
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    new.write_bytes(data)
+    new.replace(path)
 
 
 @contextlib.contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
-from triptych.decode import Settings, clip_bytes, encode_settings, image_bytes, to_clips, to_images
+from triptych.decode import Settings, clip_bytes, encode_settings, image_bytes, to_clips, to_images, to_uint8
 from triptych.errors import Damaged, InvalidRequest, PayloadLost, StageFailed, TriptychError, WrongPayload
 from triptych.messages import MEDIA_TYPES, Encoding, Failed, Picture, Task
 from triptych.model import CHECKPOINT
@@ -15,14 +16,17 @@ from triptych.worker.inputs import Input, InputFailed
 
 
 def as_files(made: Payload, encoding: Encoding) -> Payload:
-    """Decode's pictures or clips as files: `files` (uint8, one dimension each) and `media_types`. Raises
-    InvalidRequest for a format that does not fit what was made."""
+    """Decode's pictures or clips as files: `files` (uint8, one dimension each) and `media_types`; what a VAE's call
+    made also as safetensors. Raises InvalidRequest for a format that does not fit what was made."""
     clips = "videos" in made.values
-    allowed = [name for name, kind in MEDIA_TYPES.items() if kind.startswith("video/") == clips]
-    if encoding.format not in allowed:
+    kinds = "video/" if clips else "image/"
+    allowed = [name for name, kind in MEDIA_TYPES.items() if kind.startswith(kinds)]
+    if encoding.format not in (*allowed, "safetensors"):
         raise InvalidRequest.of("output_format", encoding.format, allowed)
     files: list[bytes] = []
-    if clips:
+    if encoding.format == "safetensors":
+        files.append(_safetensors(made))
+    elif clips:
         for index, clip in enumerate(to_clips(made.values["videos"], encoding.fps or 16.0)):
             files.append(clip_bytes(clip, _metadata(encoding, index)))
     else:
@@ -31,6 +35,13 @@ def as_files(made: Payload, encoding: Encoding) -> Payload:
     tensors = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
     values: dict[str, Any] = {"files": tensors, "media_types": [MEDIA_TYPES[encoding.format]] * len(files)}
     return Payload(values, job=made.job, attempt=made.attempt, stage=made.stage)
+
+
+def _safetensors(made: Payload) -> bytes:
+    """One `tensor`: pictures as uint8 (…, height, width, channels)."""
+    (made_of,) = made.values.values()
+    pixels = "tensor" not in made.values and made_of.is_floating_point()
+    return save({"tensor": to_uint8(made_of) if pixels else made_of.contiguous()})
 
 
 def _metadata(encoding: Encoding, index: int) -> str | None:

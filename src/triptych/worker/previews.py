@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
+
+import torch
 
 from triptych.decode import LatentPreview, learn_preview
 from triptych.request import StageName
@@ -20,6 +23,10 @@ class Previews:
         self._opened = opened
         self._map = b""
         self._started = False
+        self._made: LatentPreview | None = None
+        denoise = self._stage("denoise")
+        if denoise is not None:
+            denoise.caches.register("previews", self._flush)
 
     def offered(self) -> bytes:
         """The map for denoise workers elsewhere; empty if this worker has both stages, or none can be fitted."""
@@ -44,11 +51,21 @@ class Previews:
             return
         self._started = True
         try:
-            preview = self._preview()
-            if preview is not None:
-                denoise.control(UsePreview(preview))
+            self._made = self._preview()
+            if self._made is not None:
+                denoise.control(UsePreview(self._show))
         except Exception as error:
             logger.warning("no previews: %s", error)
+
+    def _show(self, fields: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
+        if self._made is None:  # flushed since
+            self._made = self._preview()
+        assert self._made is not None, "what it is made with does not go away"
+        return self._made(fields, latents)
+
+    def _flush(self) -> int:
+        made, self._made = self._made, None
+        return 0 if made is None else made.nbytes
 
     def _preview(self) -> LatentPreview | None:
         opened, decode = self._opened, self._stage("decode")

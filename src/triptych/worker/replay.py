@@ -13,7 +13,7 @@ from triptych.messages import Task
 from triptych.request import StageName
 from triptych.stage import Output
 from triptych.transfer import Payload, payload_of, payload_parts
-from triptych.worker.inputs import pictures_of, stage_task
+from triptych.worker.inputs import hand_pictures, stage_task
 from triptych.worker.opening import open_for
 from triptych.worker.outputs import as_files
 from triptych.worker.settings import WorkerSettings
@@ -70,9 +70,9 @@ def replay_task(folder: Path, settings: WorkerSettings, stage: StageName | None 
     opened = open_for(replace(settings, stages=(task.stage,)))
     own = stage_task(task)
     inputs = {name: read_payload(folder / f"failed.{name}") for name in INPUTS if (folder / f"failed.{name}").exists()}
-    if "pictures" in inputs:
-        own.fields.update(pictures_of(inputs["pictures"]))
     own.payload, own.checkpoint = inputs.get("payload"), inputs.get("checkpoint")
+    if "pictures" in inputs:
+        hand_pictures(own, inputs["pictures"])
     runner = opened.stages[task.stage]
     runner.load(lambda _: None)
     try:

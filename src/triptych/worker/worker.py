@@ -21,6 +21,7 @@ from triptych.messages import (
     Cancel,
     Drain,
     Draining,
+    Flush,
     FromWorker,
     Goodbye,
     Hello,
@@ -40,6 +41,7 @@ from triptych.model import topology_to_bytes
 from triptych.request import StageName
 from triptych.stage import GatherStage, LoadProgress, StageInfo
 from triptych.transfer import Exchange
+from triptych.worker.caches import flush_all, process_caches
 from triptych.worker.desk import Arrived, Desk, Given
 from triptych.worker.health import Proof, Pulse
 from triptych.worker.inputs import Inputs
@@ -66,7 +68,8 @@ class Worker:
     """`run` is the worker's whole life, on the calling thread; `drain` and `stop` may be called from any.
 
     `connect` says Hello and gives the line; `opened` is the model, if it is open already (None: opened from the
-    settings). Whoever gives the exchange closes it. `loaded` is called once all stages have loaded.
+    settings). Whoever gives the exchange closes it. `described` is given the model once it is open, with nothing loaded
+    yet; `loaded` is called once all stages have loaded.
     """
 
     def __init__(
@@ -76,12 +79,14 @@ class Worker:
         exchange: Exchange,
         opened: Opened | None = None,
         *,
+        described: Callable[[Opened], None] | None = None,
         loaded: Callable[[], None] | None = None,
     ) -> None:
         self._settings = settings
         self._connect = connect
         self._exchange = exchange
         self._opened = opened
+        self._described = described
         self._loaded = loaded
         self._uplink: Uplink | None = None
         self._inbox: queue.SimpleQueue[ToWorker | Given | Arrived] = queue.SimpleQueue()
@@ -116,6 +121,8 @@ class Worker:
         the coordinator refuses it."""
         pin(self._settings)
         opened = self._opened = self._opened or open_for(self._settings)
+        if self._described is not None:
+            self._described(opened)
         uplink = self._uplink = self._connect(self._hello(opened))
         try:
             welcome = self._await_welcome(uplink)
@@ -145,6 +152,7 @@ class Worker:
             addresses=self._exchange.addresses,
             owner=self._exchange.owner,
             secret=self._exchange.secret,
+            dtype=_dtype(opened),
         )
 
     def _await_welcome(self, uplink: Uplink) -> Welcome | None:
@@ -206,6 +214,7 @@ class Worker:
             infos[name] = stage.load(self._loading)
         self._proof = Proof(_modules(opened), opened.placement.device)
         self._previews = Previews(opened)
+        self._caches = process_caches(self._exchange, opened.placement.device)
         credits: dict[StageName, int] = {name: info.capacity + AHEAD for name, info in infos.items()}
         ready = Ready(
             topology=topology_to_bytes(opened.topology),
@@ -299,6 +308,8 @@ class Worker:
                 self._desk.drop(order.job)
             case Prove():
                 self._to_prove = True
+            case Flush():
+                self._flush(order)
             case SetPreview():
                 self._previews.use(order.preview)
             case Drain() if self._leave_by is None:
@@ -327,6 +338,10 @@ class Worker:
             self._say(Draining())
         self._say(msgspec.structs.replace(self._ready, kept=tuple(sorted(self._outbox.names()))))
 
+    def _flush(self, order: Flush) -> None:
+        assert self._opened is not None
+        self._outbox.send("", flush_all(order.number, self._opened.stages, self._caches))
+
     def _prove(self) -> None:
         self._to_prove = False
         proved = self._proof.prove()
@@ -345,6 +360,16 @@ def _modules(opened: Opened) -> list[torch.nn.Module]:
         if isinstance(part, torch.nn.Module)
     }
     return list(found.values())
+
+
+def _dtype(opened: Opened) -> str:
+    """What the largest component of the stages is loaded in; empty where the files do not say."""
+    if opened.placement.dtype is not None:
+        return str(opened.placement.dtype)
+    names = {name for stage in opened.topology.stages if stage.name in opened.stages for name in stage.loads}
+    infos = [info for name, info in opened.topology.components.items() if name in names and info.dtype]
+    largest = max(infos, key=lambda info: info.bytes, default=None)
+    return f"torch.{largest.dtype}" if largest is not None else ""
 
 
 def _refused(message: Refused) -> Unsupported:

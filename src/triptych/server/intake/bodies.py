@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from fastapi import Request as HttpRequest
@@ -16,11 +17,13 @@ from triptych.server.errors import BodyTooLarge, WrongMediaType
 from triptych.server.front import Front
 from triptych.server.intake.pictures import mask, pictures
 
-__all__ = ["JOB_BODY", "read_body", "take_job"]
+__all__ = ["JOB_BODY", "bounded", "checked", "first_wrong", "read_body", "take_job"]
 
 MAX_IMAGES = 16
 MAX_PRIORITY = 100
 MAX_DEADLINE = 7 * 24 * 3600.0
+
+Body = TypeVar("Body", bound=BaseModel)
 
 PICTURE = r"^(data:image/[a-z0-9.+-]{1,32};base64,|https?://)"
 
@@ -62,19 +65,24 @@ async def read_body(request: HttpRequest, limit: int) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise WrongMediaType(f"given {kind[:80]!r}; allowed: application/json", field="content-type")
+    return b"".join([part async for part in bounded(request, limit)])
+
+
+async def bounded(request: HttpRequest, limit: int) -> AsyncGenerator[bytes, None]:
+    """A request's body as it comes. Raises BodyTooLarge as soon as more than `limit` bytes are announced or have
+    come, InvalidRequest if the client hangs up before its end."""
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced[:20]) > limit:
         raise _too_large(limit)
-    parts, size = [], 0
+    size = 0
     try:
         async for part in request.stream():
             size += len(part)
             if size > limit:
                 raise _too_large(limit)
-            parts.append(part)
+            yield part
     except ClientDisconnect:
         raise InvalidRequest("it ended early: the client hung up", field="body") from None
-    return b"".join(parts)
 
 
 def _too_large(limit: int) -> BodyTooLarge:
@@ -93,24 +101,30 @@ async def take_job(front: Front, data: bytes) -> Wanted:
 
 def _fields(data: bytes) -> dict[str, Any]:
     """A job's checked fields, pictures still as data URLs."""
+    body = checked(JOB_BODY, data)
+    return {name: getattr(body, name) for name in body.model_fields_set | set(_JOB_ONLY)}
+
+
+def checked(model: type[Body], data: bytes) -> Body:
+    """A body's JSON as its model. Raises InvalidRequest naming the first field that is wrong."""
     try:
         # Stricter than pydantic's own: no NaN, no half of a surrogate pair, no number that is none when written back.
         msgspec.json.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"not valid JSON: {error}", field="body") from None
     try:
-        body = JOB_BODY.model_validate_json(data)
+        return model.model_validate_json(data)
     except ValidationError as error:
-        raise _first(error) from None
-    return {name: getattr(body, name) for name in body.model_fields_set | set(_JOB_ONLY)}
+        raise first_wrong(error, model) from None
 
 
-def _first(error: ValidationError) -> InvalidRequest:
+def first_wrong(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
+    """The first thing that is wrong with a body, in our words."""
     first = error.errors(include_url=False)[0]
     path = first["loc"]
     if first["type"] == "extra_forbidden":
         return InvalidRequest.of(
-            str(path[0])[:80], first["input"], f"the fields {', '.join(sorted(JOB_BODY.model_fields))}"
+            str(path[0])[:80], first["input"], f"the fields {', '.join(sorted(model.model_fields))}"
         )
     if first["type"] == "missing":
         return InvalidRequest.of(str(path[0]), "nothing", "a value, it cannot be left out")

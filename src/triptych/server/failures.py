@@ -1,0 +1,33 @@
+"""Jobs that ended badly, as the answer to a client that waited for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from triptych.errors import Cancelled, TriptychError
+from triptych.server.door import JobView
+
+if TYPE_CHECKING:
+    from triptych.cluster import Failure
+
+__all__ = ["JobFailed", "check_done"]
+
+
+class JobFailed(TriptychError):
+    """The job that was waited for has failed, with the code of what it failed with."""
+
+    code = "job_failed"
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message, field=failure.field)
+        # Settings that lead to no numbers are the request's doing; other errors of a stage may be ours.
+        self.code = "not_finite" if failure.original == "NonFinite" else failure.code
+
+
+def check_done(view: JobView) -> None:
+    """Raises Cancelled or JobFailed for a job that has ended without a result."""
+    record = view.record
+    if record.state == "cancelled":
+        raise Cancelled("the job was cancelled")
+    if record.state == "failed":
+        raise JobFailed(record.failures[-1]) if record.failures else TriptychError("the job failed")
