@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +275,20 @@ def test_the_other_client_lists_cancels_and_asks() -> None:
         assert (await (await client.job("a1")).refresh()).state == "done"
 
     asynchronously(server, act)
+
+
+def test_patience_begins_when_the_connection_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job may be silent for long; only comments came meanwhile."""
+    server = Server(ok(QUEUED, 202))
+    now = [1000.0]
+    monkeypatch.setattr("triptych.client.shared.time.monotonic", lambda: now[0])
+
+    def silent() -> Iterator[bytes]:
+        yield f"event: job\ndata: {json.dumps(QUEUED)}\n\n".encode()
+        now[0] += 3600
+        raise httpx.ReadError("gone")
+
+    kind = {"Content-Type": "text/event-stream"}
+    server.answers += [httpx.Response(200, content=silent(), headers=kind), stream(("done", "4", DONE))]
+    with server.client(patience=10.0) as client:
+        assert [one.state for one in client.submit("x").events()] == ["queued", "done"]

@@ -12,7 +12,20 @@ import pytest
 from tests.cluster.toy import STAGES, ToyCluster, ToyKeeper, ToyWorker
 from triptych.cluster import Coordinator, JobRecord, JobSpec, Kept, Limits, MemoryStore, Outcome, SqliteStore, StageSpec
 from triptych.errors import InvalidRequest, NoWorker
-from triptych.messages import Descriptor, Hello, Ready, Refused, Run, Stepped, Stop, Task, TaskDone, ToWorker, Welcome
+from triptych.messages import (
+    PROTOCOL,
+    Descriptor,
+    Hello,
+    Ready,
+    Refused,
+    Run,
+    Stepped,
+    Stop,
+    Task,
+    TaskDone,
+    ToWorker,
+    Welcome,
+)
 
 PATIENCE = 30.0
 
@@ -70,8 +83,8 @@ class RecordingLink:
 
 def hello_of(worker: ToyWorker) -> Hello:
     return Hello(
-        protocol=1, name=worker.name, incarnation=worker.incarnation, stages=worker.stages, model_digest="digest",
-        versions={}, device="cpu", pid=1, host="h", owner=worker.owner, secret=worker.secret,
+        protocol=PROTOCOL, name=worker.name, incarnation=worker.incarnation, stages=worker.stages,
+        model_digest="digest", versions={}, device="cpu", pid=1, host="h", owner=worker.owner, secret=worker.secret,
     )  # fmt: skip
 
 
@@ -390,7 +403,7 @@ class ThreadWorker:
     def run(self) -> None:
         self.coordinator.hello(
             Hello(
-                protocol=1, name=self.name, incarnation=self.name, stages=STAGES, model_digest="", versions={},
+                protocol=PROTOCOL, name=self.name, incarnation=self.name, stages=STAGES, model_digest="", versions={},
                 device="cpu", pid=1, host="h", owner=self.name, secret=b"s" * 16,
             ),
             self,

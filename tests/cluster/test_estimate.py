@@ -199,3 +199,15 @@ def test_a_long_queue_is_played_in_little_time() -> None:
     assert time.perf_counter() - began < 0.25, "one play for all of them"
     ends = [one.done_in for one in found]
     assert None not in ends and max(end or 0.0 for end in ends) == pytest.approx(256 * 4 * STEP, rel=0.1)
+
+
+def test_a_worker_that_is_leaving_is_given_nothing_more() -> None:
+    cluster, workers = split()
+    submit(cluster, "a")
+    work_off(cluster, workers, "a")
+    submit(cluster, "b")
+    submit(cluster, "c")
+    cluster.coordinator.retire(workers["encode"].incarnation)
+    cluster.pass_time(0.5)
+    assert cluster.coordinator.estimate("b").done_in is not None, "it has that one"
+    assert cluster.coordinator.estimate("c") == Estimate(None, None)

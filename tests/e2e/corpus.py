@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 __all__ = ["JSON", "MAX_BODY", "PROMPT", "ROUTES", "Case", "Raw", "raw", "requests"]
@@ -31,6 +31,10 @@ class Case:
     headers: Mapping[str, str] = field(default_factory=dict)
     refused: bool = True
     """must be answered with 4xx; otherwise anything below 500 is right"""
+
+    def of(self, job: str) -> Case:
+        """With a finished job's id where the path says `{done}`."""
+        return replace(self, path=self.path.replace("{done}", job))
 
 
 @dataclass(frozen=True)
@@ -264,9 +268,9 @@ def _headers() -> Iterator[Case]:
         yield Case(name, "POST", "/v1/jobs", right, {**JSON, **headers}, refused)
     for word in ("-1", "x", "9" * 100, "0, 1", "\u00ff", "NaN"):
         headers = {"last-event-id": word}
-        yield Case(f"Last-Event-ID {word[:20]!r}", "GET", "/v1/jobs/none/events", b"", headers)
+        yield Case(f"Last-Event-ID {word[:20]!r}", "GET", "/v1/jobs/{done}/events", b"", headers)
     for word in ("bytes=", "bytes=x-y", "bytes=5-1", "bytes=" + "0-1," * 1000, "lines=1-2", "bytes=" + "9" * 400 + "-"):
-        yield Case(f"Range {word[:20]!r}", "GET", "/v1/jobs/none/results/0", b"", {"range": word})
+        yield Case(f"Range {word[:20]!r}", "GET", "/v1/jobs/{done}/results/0", b"", {"range": word}, refused=False)
 
 
 # Paths
@@ -287,7 +291,7 @@ def _paths() -> Iterator[Case]:
             if word not in ("..", "%2e%2e"):  # what is above may well be there
                 yield Case(f"{method} {path}: {shown}", method, path.format(word))
     for word in ("-1", "x", "1.5", "9" * 400, "%00", "0x0"):
-        yield Case(f"result {word[:20]!r}", "GET", f"/v1/jobs/none/results/{word}")
+        yield Case(f"result {word[:20]!r}", "GET", "/v1/jobs/{done}/results/" + word)
     queries = ["limit=0", "limit=-1", "limit=x", "limit=99999", "limit=1e3", "state=sleeping", "before=" + "a" * 5000,
                "before=%00", "limit=" + "9" * 400]  # fmt: skip
     for query in queries:

@@ -214,9 +214,9 @@ def _forms() -> Iterator[Case]:
             prompt + image + part('Content-Disposition: form-data; name="size"', b"big") + end, True),
     }  # fmt: skip
     kind = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
-    for path in ("/v1/images/edits", "/v1/videos"):
+    for path in ("/v1/images/edits", "/v1/videos", "/v1/files"):
         for name, (content, refused) in forms.items():
-            yield Case(f"{path}: form, {name}", "POST", path, content, kind, refused or path == "/v1/videos")
+            yield Case(f"{path}: form, {name}", "POST", path, content, kind, refused or path != "/v1/images/edits")
         for head in HEADS:
             yield Case(f"{path}: form as {head[:45]!r}", "POST", path, prompt + image + end, {"content-type": head})
 

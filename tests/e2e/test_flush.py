@@ -1,4 +1,5 @@
-"""A flush over HTTP: real workers let go of what they keep to be faster, between units, and work on as before."""
+"""cache-dit's and LightX2V's clients against real workers: a flush frees what is kept to be faster, between units, and
+changes no picture; who cancels or hangs up is worked for no longer."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.e2e.commands import PROMPT, Server, short_folder, until
@@ -107,3 +109,32 @@ def test_who_calls_cache_dits_way_gets_pictures_while_others_flush(server: Serve
         for thread in flushing:
             thread.join()
     assert 200 in seen and set(seen) <= {200, 429}
+
+
+def test_a_task_that_is_cancelled_is_computed_no_further(server: Server) -> None:
+    fields = {"prompt": PROMPT, "infer_steps": 1000, "seed": 7}
+    task = server.client.post("/v1/tasks/image/", json=fields).raise_for_status().json()["task_id"]
+    server.reached(task, "denoise", 3)
+    assert server.client.get(f"/v1/tasks/{task}/status").json()["status"] == "processing"
+    assert server.client.get("/v1/tasks/queue/status").json()["current_task"] == task
+    assert server.client.delete(f"/v1/tasks/{task}").json()["stop_status"] == "success"
+    assert server.client.get(f"/v1/tasks/{task}/status").json()["status"] == "cancelled"
+    until(server.is_idle, server.cluster)
+    picture = server.client.post("/v1/tasks/image/sync", json={**fields, "infer_steps": 2}).raise_for_status()
+    assert picture.content.startswith(b"\x89PNG")
+
+
+def test_who_hangs_up_is_worked_for_no_longer(server: Server) -> None:
+    body = {"prompt": PROMPT, "width": 256, "height": 256, "num_inference_steps": 200}
+    before = server.cluster()["totals"]["submitted"]
+
+    def leave() -> None:
+        with httpx.Client(base_url=server.url, timeout=0.5) as client, pytest.raises(httpx.ReadTimeout):
+            client.post("/generate", json=body)
+
+    leave()
+    until(server.is_idle, server.cluster)
+    found = server.cluster()
+    assert found["totals"]["submitted"] == before + 1
+    newest = server.client.get("/v1/jobs", params={"limit": 1}).raise_for_status().json()
+    assert newest["data"][0]["state"] == "cancelled"

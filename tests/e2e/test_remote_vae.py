@@ -55,6 +55,16 @@ def wan_vae() -> Any:
     return AutoencoderKLWan.from_pretrained(family("wan-t2v"), subfolder="vae", torch_dtype=torch.float32).eval()
 
 
+def decode(*given: Any, **asked: Any) -> Any:
+    """What comes back is of the kind that was asked for."""
+    return remote_decode(*given, **asked)
+
+
+def encode(*given: Any, **asked: Any) -> Any:
+    """The same for latents."""
+    return remote_encode(*given, **asked)
+
+
 def noise(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
@@ -83,32 +93,33 @@ def test_tensors_and_pictures_are_the_vaes_own(emoji: Server) -> None:
     for given, ready in (({"do_scaling": False}, latents), ({"scaling_factor": 0.5, "shift_factor": 0.1}, None)):
         ready = latents / 0.5 + 0.1 if ready is None else ready
         expected = decoded(emoji_vae(), ready)
-        made = remote_decode(url, latents, output_type="pt", return_type="pt", **given)
+        made = decode(url, latents, output_type="pt", return_type="pt", **given)
         assert made.dtype == torch.float32
         assert apart(made, expected) <= 1e-5
-    processor, shown = VaeImageProcessor(), decoded(emoji_vae(), latents[:1])
+    shown = decoded(emoji_vae(), latents[:1])
+    processor: Any = VaeImageProcessor()
     (wanted,) = processor.postprocess(shown, output_type="pil")
     one, plain = latents[:1], {"do_scaling": False}
     pictures = {
-        "pt": remote_decode(url, one, processor, output_type="pt", **plain),
-        "levels": remote_decode(url, one, output_type="pt", partial_postprocess=True, **plain),
-        "png": remote_decode(url, one, image_format="png", **plain),
+        "pt": decode(url, one, processor, output_type="pt", **plain),
+        "levels": decode(url, one, output_type="pt", partial_postprocess=True, **plain),
+        "png": decode(url, one, image_format="png", **plain),
     }
     for name, image in pictures.items():
         assert isinstance(image, Image.Image), name
         assert abs(levels([image]) - levels([wanted])).max() <= (name == "pt"), name
     assert pictures["png"].format == "png"
-    jpg = remote_decode(url, one, **plain)
+    jpg = decode(url, one, **plain)
     assert jpg.format == "jpeg"
     assert abs(levels([jpg]) - levels([wanted])).mean() < 4
-    several = remote_decode(url, latents, processor, output_type="pil", **plain)
+    several = decode(url, latents, processor, output_type="pil", **plain)
     assert len(several) == 2 and abs(levels(several[:1]) - levels([wanted])).max() <= 1
 
 
 def test_its_own_scaling_is_what_is_meant_without_a_factor(emoji: Server) -> None:
     latents = noise(1, 8, 16, 16)
     with pytest.warns(FutureWarning, match="do_scaling"):
-        made = remote_decode(f"{emoji.url}/v1/vae/decode", latents, output_type="pt", return_type="pt")
+        made = decode(f"{emoji.url}/v1/vae/decode", latents, output_type="pt", return_type="pt")
     assert apart(made, decoded(emoji_vae(), latents, scaled=True)) <= 1e-5
 
 
@@ -116,7 +127,7 @@ def test_its_own_scaling_is_what_is_meant_without_a_factor(emoji: Server) -> Non
 def test_half_precision_comes_whole(emoji: Server, dtype: torch.dtype) -> None:
     latents = noise(1, 8, 16, 16).to(dtype)
     url = f"{emoji.url}/v1/vae/decode"
-    made = remote_decode(url, latents, do_scaling=False, output_type="pt", return_type="pt")
+    made = decode(url, latents, do_scaling=False, output_type="pt", return_type="pt")
     assert apart(made, decoded(emoji_vae(), latents.float())) <= 1e-5
 
 
@@ -126,7 +137,7 @@ def test_packed_latents(emoji: Server) -> None:
     latents = noise(1, 8, 16, 12)
     packed = QwenImagePipeline._pack_latents(latents, *latents.shape)
     asked: dict[str, Any] = {"do_scaling": False, "output_type": "pt", "return_type": "pt"}
-    made = remote_decode(f"{emoji.url}/v1/vae/decode", packed, height=64, width=48, **asked)
+    made = decode(f"{emoji.url}/v1/vae/decode", packed, height=64, width=48, **asked)
     assert apart(made, decoded(emoji_vae(), latents)) <= 1e-5
 
 
@@ -136,13 +147,12 @@ def test_encoding_and_back(emoji: Server) -> None:
     # Contiguous: the client frees a copy that it makes itself before it sends it.
     ready = VaeImageProcessor(vae_scale_factor=4).preprocess(image).contiguous()
     expected = vae.encode(ready.unsqueeze(2)).latent_dist.mode().squeeze(2)
-    assert apart(remote_encode(url, image), expected) <= 1e-5
-    assert apart(remote_encode(url, ready), expected) <= 1e-5
-    scaled = remote_encode(url, image, scaling_factor=2.0, shift_factor=0.5)
+    assert apart(encode(url, image), expected) <= 1e-5
+    assert apart(encode(url, ready), expected) <= 1e-5
+    scaled = encode(url, image, scaling_factor=2.0, shift_factor=0.5)
     assert apart(scaled, (expected - 0.5) * 2) <= 1e-5
-    decode = f"{emoji.url}/v1/vae/decode"
-    back = remote_decode(
-        decode, scaled, scaling_factor=2.0, shift_factor=0.5, output_type="pt", return_type="pt"
+    back = decode(
+        f"{emoji.url}/v1/vae/decode", scaled, scaling_factor=2.0, shift_factor=0.5, output_type="pt", return_type="pt"
     )  # fmt: skip
     assert apart(back, decoded(vae, expected)) <= 1e-4
 
@@ -152,27 +162,27 @@ def test_clips(wan: Server) -> None:
     url, latents, vae = f"{wan.url}/v1/vae/decode", noise(1, 16, 2, 4, 4), wan_vae()
     expected = decoded(vae, latents)
     plain: dict[str, Any] = {"do_scaling": False}
-    made = remote_decode(url, latents, output_type="pt", return_type="pt", **plain)
+    made = decode(url, latents, output_type="pt", return_type="pt", **plain)
     assert made.shape == (1, 3, 5, 32, 32) and apart(made, expected) <= 1e-5
     wanted = VideoProcessor().postprocess_video(expected, output_type="pil")[0]
     for frames in (
-        remote_decode(url, latents, VideoProcessor(), output_type="pt", **plain),
-        remote_decode(url, latents, VideoProcessor(), output_type="pil", **plain),
-        remote_decode(url, latents, output_type="pt", partial_postprocess=True, **plain),
+        decode(url, latents, VideoProcessor(), output_type="pt", **plain),
+        decode(url, latents, VideoProcessor(), output_type="pil", **plain),
+        decode(url, latents, output_type="pt", partial_postprocess=True, **plain),
     ):
         assert len(frames) == 5 and abs(levels(frames) - levels(wanted)).max() <= 1
-    clip = remote_decode(url, latents, output_type="mp4", return_type="mp4", **plain)
+    clip = decode(url, latents, output_type="mp4", return_type="mp4", **plain)
     assert isinstance(clip, bytes) and clip[4:8] == b"ftyp"
     pixels = noise(1, 3, 5, 32, 32).clamp(-1, 1)
-    encoded = remote_encode(f"{wan.url}/v1/vae/encode", pixels)
+    encoded = encode(f"{wan.url}/v1/vae/encode", pixels)
     assert apart(encoded, vae.encode(pixels).latent_dist.mode()) <= 1e-5
     with pytest.raises(RuntimeError, match="one picture"):
-        remote_decode(url, latents, **plain)
+        decode(url, latents, **plain)
 
 
 def test_such_calls_are_jobs(emoji: Server) -> None:
     before = {job["id"] for job in listed(emoji)}
-    remote_decode(f"{emoji.url}/v1/vae/decode", noise(1, 8, 8, 8), do_scaling=False, output_type="pt", return_type="pt")
+    decode(f"{emoji.url}/v1/vae/decode", noise(1, 8, 8, 8), do_scaling=False, output_type="pt", return_type="pt")
     (job,) = [job for job in listed(emoji) if job["id"] not in before]
     assert (job["workflow"], job["state"]) == ("vae.decode", "done")
     assert job["request"]["shape"] == [1, 8, 8, 8]
@@ -204,7 +214,7 @@ def test_what_is_no_number_is_refused_in_words(
     emoji: Server, latents: torch.Tensor, given: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        remote_decode(f"{emoji.url}/v1/vae/decode", latents, image_format="png", **given)
+        decode(f"{emoji.url}/v1/vae/decode", latents, image_format="png", **given)
 
 
 def test_a_worker_that_is_killed_costs_no_call(emoji: Server) -> None:
@@ -215,7 +225,7 @@ def test_a_worker_that_is_killed_costs_no_call(emoji: Server) -> None:
     latents = noise(1, 8, 16, 16)
     asked: dict[str, Any] = {"do_scaling": False, "output_type": "pt", "return_type": "pt"}
     thread = threading.Thread(
-        target=lambda: made.append(remote_decode(f"{emoji.url}/v1/vae/decode", latents, **asked))
+        target=lambda: made.append(decode(f"{emoji.url}/v1/vae/decode", latents, **asked))
     )  # fmt: skip
     thread.start()
     until(lambda: [job for job in listed(emoji) if job["state"] == "running"], "a call that runs")
@@ -241,4 +251,4 @@ def test_a_client_that_hangs_up_cancels_its_call(emoji: Server) -> None:
     finally:
         worker.resume()
     until(emoji.is_idle, emoji.cluster)
-    remote_decode(f"{emoji.url}/v1/vae/decode", noise(1, 8, 8, 8), do_scaling=False)
+    decode(f"{emoji.url}/v1/vae/decode", noise(1, 8, 8, 8), do_scaling=False)

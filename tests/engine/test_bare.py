@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +15,9 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLLTXVideo, AutoencoderKLQwenImage, AutoencoderKLWan
 
 from tests.families import folder, picture
-from triptych import Engine, InvalidRequest, NotEnoughMemory, Unsupported
+from triptych import Engine, InvalidRequest, NotEnoughMemory, Request, Unsupported
 from triptych.model import VaeCall, VaeOptions, describe, extent_of, open_model, vae_stage
+from triptych.worker import WorkerSettings, replay_task
 
 CLASSES: dict[str, Any] = {
     "flux": AutoencoderKL,
@@ -244,3 +248,28 @@ def test_such_a_job_is_a_job_like_any_other(flux: Engine) -> None:
     assert job not in [record.spec.id for record in flux.jobs(client="b")]
     with pytest.raises(InvalidRequest, match="given '3 bytes'"):
         flux.submit_vae(call, bytearray(3))
+
+
+def test_calls_and_requests_run_side_by_side(flux: Engine) -> None:
+    latents = latents_for(flux)
+    request = Request.parse(prompt="a cat", width=64, height=64, num_inference_steps=4, seed=1, max_sequence_length=32)
+    picture_alone, decoded_alone = np.asarray(flux.generate(request).images[0]), flux.decode_latents(latents)
+    with ThreadPoolExecutor(6) as pool:
+        pictures = [pool.submit(flux.generate, request) for _ in range(3)]
+        calls = [pool.submit(flux.decode_latents, latents) for _ in range(6)]
+        assert all(torch.equal(call.result(), decoded_alone) for call in calls)
+        assert all(np.array_equal(np.asarray(made.result().images[0]), picture_alone) for made in pictures)
+
+
+def test_a_call_that_failed_can_be_run_again(tmp_path: Path) -> None:
+    model = str(folder("flux2-klein"))
+    with Engine.open(model, device="cpu", state=tmp_path / "state") as engine:
+        latents = latents_for(engine)
+        call = VaeCall("vae.decode", tuple(latents.shape), "float32", VaeOptions(do_scaling=True))
+        ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        job = engine.submit_vae(call, latents, listener=ended.put)
+        assert isinstance(ended.get(timeout=60), Unsupported)
+    (kept,) = tmp_path.rglob("failed.task")
+    assert job in str(kept)
+    with pytest.raises(Unsupported, match="declares no scaling"):
+        replay_task(kept.parent, WorkerSettings(model=model, device="cpu"))

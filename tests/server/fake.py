@@ -102,7 +102,7 @@ class FakeEngine:
     """what a call of the VAE ends with at once; None: it does not end by itself"""
 
     workers: tuple[Hand, ...] = ()
-    flushed: FlushReport = FlushReport()
+    flushed: FlushReport = field(default_factory=FlushReport)
     """what a flush reports"""
 
     watchers: dict[str, list[Callable[[Any], None]]] = field(default_factory=dict)

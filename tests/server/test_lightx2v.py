@@ -132,7 +132,7 @@ def test_what_has_no_effect_is_named(client: TestClient, engine: FakeEngine, cli
         ("image/", {"image_path": "data:image/png;base64,AAAA"}, 400, "image_path"),
         ("image/", {"image_mask_path": "../mask.png"}, 422, "image_mask_path"),
         ("image/", {"save_result_path": "../../etc/passwd"}, 422, "save_result_path"),
-        ("image/", {"save_result_path": "/tmp/x.png"}, 422, "save_result_path"),
+        ("image/", {"save_result_path": "/etc/x.png"}, 422, "save_result_path"),
         ("image/", {"save_result_path": "a\\b.png"}, 422, "save_result_path"),
         ("image/", {"lora_name": "style"}, 400, "lora_name"),
         ("image/", {"presigned_url": "http://example.com/put"}, 400, "presigned_url"),

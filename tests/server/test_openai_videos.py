@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from tests.server.conftest import LOCAL
 from tests.server.fake import TOPOLOGY, FakeEngine, File, View
 from tests.server.test_openai_images import picture, refused
 from triptych.cluster.jobs import Failure
+from triptych.config import ServeSection
 from triptych.errors import InvalidRequest
 from triptych.model.topology import Defaults
+from triptych.server import create_app
+from triptych.server.locks.keys import ApiKey, KeyRing
 
 VIDEOS = "/v1/videos"
 CLIPS = type(TOPOLOGY)(
@@ -158,6 +163,11 @@ def test_a_clips_file_has_ranges(client: TestClient, engine: FakeEngine, tmp_pat
     whole = client.get(f"{VIDEOS}/job1/content")
     assert (whole.content, whole.headers["content-type"]) == (b"0123456789", "video/mp4")
     assert whole.headers["content-disposition"] == 'inline; filename="job1-0.mp4"' and whole.headers["etag"]
+    tag = whole.headers["etag"]
+    for known in (tag, f'"another", W/{tag}', "*"):
+        again = client.get(f"{VIDEOS}/job1/content", headers={"If-None-Match": known})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+    assert client.get(f"{VIDEOS}/job1/content", headers={"If-None-Match": '"another"'}).status_code == 200
     part = client.get(f"{VIDEOS}/job1/content?variant=video", headers={"Range": "bytes=2-4"})
     assert (part.status_code, part.content) == (206, b"234")
     refused(client.get(f"{VIDEOS}/job1/content?variant=thumbnail"), 400, "invalid_request", "variant")
@@ -217,3 +227,20 @@ def test_many_jobs_of_other_kinds_hide_no_clip(client: TestClient, engine: FakeE
     (found,) = client.get(VIDEOS).json()["data"]
     assert found["id"] == "job1"
     refused(client.get(f"{VIDEOS}/job2"), 404, "job_not_found", "video_id")
+
+
+def test_a_clip_is_there_for_its_own_key_alone(engine: FakeEngine) -> None:
+    ring = KeyRing([ApiKey(name, hashlib.sha256(name.encode()).digest()) for name in ("ours", "theirs")])
+    ours, theirs = ({"Authorization": f"Bearer {name}"} for name in ("ours", "theirs"))
+    with TestClient(create_app(engine, ServeSection(), version="1", keys=ring), LOCAL) as client:
+        answer = client.post(VIDEOS, json={"prompt": "a"}, headers=ours)
+        assert (answer.status_code, answer.json()["id"]) == (200, "job1")
+        for method, path in (("GET", ""), ("GET", "/content"), ("DELETE", "")):
+            answer = client.request(method, f"{VIDEOS}/job1{path}", headers=theirs)
+            refused(answer, 404, "job_not_found", "video_id")
+        assert client.get(VIDEOS, headers=theirs).json()["data"] == []
+        refused(client.get(f"{VIDEOS}?after=job1", headers=theirs), 400, "invalid_request", "after")
+        assert [one["id"] for one in client.get(VIDEOS, headers=ours).json()["data"]] == ["job1"]
+        refused(client.get(VIDEOS), 401, "not_authenticated", None)
+        refused(client.post("/v1/images/edits"), 401, "not_authenticated", None)
+    assert engine.views["job1"].record.spec.client == "ours"

@@ -33,7 +33,7 @@ from triptych.server.locks.keys import ApiKey, KeyRing
 KEY = "a-key-for-tests"
 CLIPS = "(/v1/videos|/v1/tasks/video)"
 """Routes that need a model that makes clips."""
-UNREACHED = {"POST /v1/vae/decode", "GET /v1/files/{file}", "DELETE /v1/files/{file}"}
+UNREACHED = {"POST /v1/vae/decode", "POST /v1/vae/encode", "GET /v1/files/{file}", "DELETE /v1/files/{file}"}
 """Where nothing drawn is taken: bytes that are the tensor which the query announces, ids of uploads."""
 METHODS = ("get", "put", "post", "delete", "patch")
 
@@ -114,6 +114,8 @@ def test_what_is_answered_is_what_the_page_says(makes: Literal["image", "video"]
         "headers": {"Authorization": f"Bearer {KEY}"},
         "generation": {"max-examples": examples, "deterministic": True},
         "checks": {"positive_data_acceptance": {"expected-statuses": ACCEPTED}},
+        # It would take numbers in our messages for bounds of the field beside them.
+        "phases": {"fuzzing": {"error-feedback": {"enabled": False}}},
         "operations": [
             {"include-path": CANCELLING, "checks": {"use_after_free": {"enabled": False}}},
             {"include-path": KINDS, "checks": {"unsupported_method": {"enabled": False}}},
@@ -131,12 +133,9 @@ def test_what_is_answered_is_what_the_page_says(makes: Literal["image", "video"]
             for name, interaction in recorder.interactions.items():
                 assert interaction.response is not None, "every request is answered"
                 statuses[recorder.cases[name].value.operation.label, interaction.response.status_code] += 1
-            failures += [
-                f"{event.phase.value}, {check.name}: {check.failure_info.code_sample}\n{check.failure_info.failure}"
-                for checks in recorder.checks.values()
-                for check in checks
-                if check.failure_info is not None
-            ]
+            checks = [check for found in recorder.checks.values() for check in found]
+            wrong = [(check.name, check.failure_info) for check in checks if check.failure_info is not None]
+            failures += [f"{name}: {info.failure}\n{info.code_sample[:2000]}" for name, info in wrong]
     assert not failures, "\n\n".join(failures)
     assert not [found for found in statuses if found[1] >= 500], statuses
     labels = {label for label in OPERATIONS if bool(re.search(CLIPS, label)) == (makes == "video")}

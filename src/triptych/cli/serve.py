@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,9 +65,7 @@ def serve(
     api_keys: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Who may use it, made by `triptych keys api`.")
     ] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Answer on a public address without API keys.")
-    ] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Answer on a public address without API keys.")] = False,
     artifacts: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Results and checkpoints lie there, as s3://…", show_default="in --state"),
@@ -102,7 +101,7 @@ def serve(
     wanted = Layout.of(layout).overridden(
         device=device, dtype=dtype, threads=threads, capacity=capacity, listen=listen, keys=keys, host=host, port=port,
         api_keys=api_keys, insecure=insecure or None, artifacts=artifacts, log_format=log_format, otlp=otlp,
-    )
+    )  # fmt: skip
     options: dict[str, Any] = {
         "workflow": workflow,
         "layout": wanted,
@@ -153,6 +152,7 @@ def run(layout: Layout, opening: Callable[[], Door], drain: float) -> None:
             engine = opening()
             from triptych.server import create_app, serve_app
 
+            gc.freeze()  # what is here stays; to look through it would hold up every request for a tenth of a second
             try:
                 drained = serve_app(
                     create_app(engine, door, version=__version__, keys=keys, refuses_missing=refuses_missing),

@@ -59,6 +59,7 @@ class AsyncRemoteJob(KnownJob):
                         await response.aread()
                         wait = follow.refused(response)
                     else:
+                        follow.opened()
                         async for event in httpx.EventSource(response, MAX_EVENT):
                             if (update := follow.hear(event)) is not None:
                                 self.info = follow.job or self.info

@@ -310,7 +310,9 @@ class Follow:
         self._last = ""
         self._state: State = "queued"
         self._patience = patience
+        self._open = False
         self._alive = time.monotonic()
+        """since when there is no connection, if there is none"""
         self._pause = 0.0
         self._path = path_of(job, "/events")
 
@@ -319,9 +321,14 @@ class Follow:
         headers = {"Last-Event-ID": self._last} if self._last else {}
         return {"method": "GET", "url": self._path, "headers": headers, "timeout": httpx.Timeout(SILENCE)}
 
+    def opened(self) -> None:
+        """There is a connection."""
+        self._open = True
+
     def hear(self, event: httpx.ServerSentEvent) -> JobUpdate | None:
         """What an event says; None for one of a kind that is not known here."""
-        self._alive, self._pause = time.monotonic(), 0.0
+        if event.event != "job":  # which comes with every connection, whatever becomes of that
+            self._pause = 0.0
         if event.id:
             self._last = event.id
         if event.event not in ("job", "queued", "progress", *ENDED):
@@ -348,6 +355,8 @@ class Follow:
         return self._later(Unreachable("the event stream ended early") if error is None else unreachable(error))
 
     def _later(self, wrong: TriptychError, wait: float | None = None) -> float:
+        if self._open:
+            self._open, self._alive = False, time.monotonic()
         self._pause = min(max(0.1, 2 * self._pause), MAX_PAUSE)
         wait = wait or self._pause
         if time.monotonic() + wait > self._alive + self._patience:

@@ -59,6 +59,7 @@ class RemoteJob(KnownJob):
                         response.read()
                         wait = follow.refused(response)
                     else:
+                        follow.opened()
                         for event in httpx.EventSource(response, MAX_EVENT):
                             if (update := follow.hear(event)) is not None:
                                 self.info = follow.job or self.info

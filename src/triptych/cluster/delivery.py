@@ -44,7 +44,8 @@ class Delivery:
         listeners = tuple(self._listeners.get(job, ()))  # another thread may take one out meanwhile
         self._waiting.extend((listener, event) for listener in listeners)
         if isinstance(event, Outcome):
-            self._listeners.pop(job, None)
+            # Emptied, too: whoever may still stop listening would keep all of a job's listeners for as long.
+            self._listeners.pop(job, []).clear()
 
     def tell(self, listener: Callable[[T], None], event: T) -> None:
         """Something for one listener alone."""

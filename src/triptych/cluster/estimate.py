@@ -96,7 +96,8 @@ class _Play:
             live, index = worker.finish(now)
             stage = live.stages[index].stage
             self.running[stage] -= 1
-            worker.room[stage] = worker.room.get(stage, 0) + 1
+            if stage in worker.room:
+                worker.room[stage] += 1
             if index + 1 == len(live.stages):
                 self.ends[live.id] = now
             else:
@@ -106,15 +107,17 @@ class _Play:
         """As `Board._assign` does: what is nearest its end goes first, to whoever has most room."""
         for stage in reversed(self.stages):
             queue = self.queues[stage]
-            while (
-                queue and (worker := max(self.workers, key=lambda one: one.room.get(stage, 0))).room.get(stage, 0) > 0
-            ):
+            while queue and (worker := self._freest(stage)) is not None:
                 live, index = queue[0]
                 if index + 1 < len(live.stages) and self._is_full(stage, live.stages[index + 1].stage):
                     break
                 queue.popleft()
                 worker.room[stage] -= 1
                 self._begin(worker, live, index, now)
+
+    def _freest(self, stage: StageName) -> _Worker | None:
+        found = max(self.workers, key=lambda one: one.room.get(stage, 0))
+        return found if found.room.get(stage, 0) > 0 else None
 
     def _is_full(self, stage: StageName, following: StageName) -> bool:
         return len(self.queues[following]) + self.running[stage] >= self.limits[following]

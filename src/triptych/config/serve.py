@@ -15,7 +15,9 @@ __all__ = ["BoundsSection", "ImageUrlsSection", "RatesSection", "ServeSection"]
 _NAME = r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*"
 Host = Annotated[str, Field(pattern=rf"^(\*|{_NAME}|[0-9a-fA-F.]*(:[0-9a-fA-F.]*){{2,8}})$")]
 Hosts = Annotated[tuple[Host, ...], BeforeValidator(one_or_many)]
-Origin = Annotated[str, Field(pattern=rf"^(\*|https?://({_NAME}|\[[0-9a-fA-F.]*(:[0-9a-fA-F.]*){{2,8}}\])(:\d{{1,5}})?)$")]
+Origin = Annotated[
+    str, Field(pattern=rf"^(\*|https?://({_NAME}|\[[0-9a-fA-F.]*(:[0-9a-fA-F.]*){{2,8}}\])(:\d{{1,5}})?)$")
+]
 Origins = Annotated[tuple[Origin, ...], BeforeValidator(one_or_many)]
 Source = Annotated[str, Field(pattern=rf"^(\*|(\*\.)?{_NAME})(:\d{{1,5}})?$")]
 Sources = Annotated[tuple[Source, ...], BeforeValidator(one_or_many)]

@@ -310,9 +310,7 @@ def _store(folder: Path | None, stack: contextlib.ExitStack) -> JobStore:
     return store
 
 
-def _keeper(
-    folder: Path | None, exchange: Exchange, stack: contextlib.ExitStack, opening: Opening
-) -> PayloadKeeper:
+def _keeper(folder: Path | None, exchange: Exchange, stack: contextlib.ExitStack, opening: Opening) -> PayloadKeeper:
     from triptych.engine.keeper import Folder, Memory, PayloadKeeper
 
     lasting = opening.state is not None

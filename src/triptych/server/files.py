@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import mimetypes
+from typing import Annotated
 
-from fastapi import Response
+from fastapi import Header, Response
 from fastapi.responses import FileResponse
 
 from triptych.messages import MEDIA_TYPES
 from triptych.server.door import Door, JobView, ResultFile
 from triptych.server.errors import NotDone, ResultGone, ResultNotFound
 
-__all__ = ["SUFFIXES", "bytes_of", "files_of", "result_response"]
+__all__ = ["SUFFIXES", "KnownTags", "bytes_of", "files_of", "result_response"]
 
+KnownTags = Annotated[
+    str | None, Header(alias="If-None-Match", description="the ETag of what the client has", max_length=4096)
+]
 SUFFIXES = {kind: ".jpg" if format == "jpeg" else f".{format}" for format, kind in MEDIA_TYPES.items()}
 
 
@@ -28,13 +32,20 @@ def files_of(door: Door, view: JobView) -> list[ResultFile]:
     return files
 
 
-def result_response(door: Door, view: JobView, number: int) -> Response:
-    """One output of a finished job; ranges and conditions are the framework's. Raises like `files_of`, and
-    ResultNotFound."""
+def result_response(door: Door, view: JobView, number: int, known: str | None = None) -> Response:
+    """One output of a finished job; ranges are the framework's. `known`: the If-None-Match of a client that may have
+    it already. Raises like `files_of`, and ResultNotFound."""
     files = files_of(door, view)
     if not 0 <= number < len(files):
         raise ResultNotFound(f"given {number}; allowed: 0 to {len(files) - 1}", field="number")
-    return _response(files[number], f"{view.record.spec.id}-{number}")
+    name = f"{view.record.spec.id}-{number}"
+    tag = f'"{name}-{round(1000 * (view.record.ended or 0)):x}"'
+    headers = {"ETag": tag, "Cache-Control": "private, max-age=31536000, immutable"}
+    if known is not None and (
+        known.strip() == "*" or tag in {one.strip().removeprefix("W/") for one in known.split(",")}
+    ):
+        return Response(status_code=304, headers=headers)
+    return _response(files[number], name, headers)
 
 
 def bytes_of(file: ResultFile) -> bytes:
@@ -49,13 +60,10 @@ def bytes_of(file: ResultFile) -> bytes:
         raise ResultGone("the result has expired") from None
 
 
-def _response(file: ResultFile, name: str) -> Response:
+def _response(file: ResultFile, name: str, headers: dict[str, str]) -> Response:
     suffix = SUFFIXES.get(file.media_type) or mimetypes.guess_extension(file.media_type) or ""
-    headers = {
-        "Content-Disposition": f'inline; filename="{name}{suffix}"',
-        "Cache-Control": "private, max-age=31536000, immutable",
-        "X-Content-Type-Options": "nosniff",
-    }
+    headers["Content-Disposition"] = f'inline; filename="{name}{suffix}"'
+    headers["X-Content-Type-Options"] = "nosniff"
     if file.data is not None:
         return Response(file.data, headers=headers, media_type=file.media_type)
     try:

@@ -18,6 +18,7 @@ FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}},
     206: {},
     304: {},
+    400: {"description": "A Range that is none", "content": {"text/plain": {}}},
     416: {},
 }
 """What a route that sends a file may answer when all is well."""

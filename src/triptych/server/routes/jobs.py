@@ -17,7 +17,7 @@ from triptych.server.admission import begin_or_replay, finish, view_of
 from triptych.server.door import JobView
 from triptych.server.errors import JobNotFound
 from triptych.server.events import EVENTS, job_events
-from triptych.server.files import result_response
+from triptych.server.files import KnownTags, result_response
 from triptych.server.front import Front, FrontOf, Who
 from triptych.server.intake.bodies import JOB_BODY, read_body, take_job
 from triptych.server.locks.keys import Caller
@@ -160,7 +160,11 @@ def cancel(job: JobId, front: FrontOf, caller: Who) -> JobObject:
     responses={**FILE_RESPONSES, **wrong(401, 404, 409, 410, 422)},
 )
 def result(
-    job: JobId, number: Annotated[int, Path(description="which output, from 0")], front: FrontOf, caller: Who
+    job: JobId,
+    number: Annotated[int, Path(description="which output, from 0")],
+    front: FrontOf,
+    caller: Who,
+    known: KnownTags = None,
 ) -> Response:
     """One output of a finished job, as a file; a part of it where a range is asked for."""
-    return result_response(front.door, view_of(front, caller, job), number)
+    return result_response(front.door, view_of(front, caller, job), number, known)

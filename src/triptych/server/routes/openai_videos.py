@@ -14,7 +14,7 @@ from triptych.errors import InvalidRequest, Unsupported
 from triptych.server.admission import begin, view_of
 from triptych.server.door import Door, JobView
 from triptych.server.errors import JobNotFound
-from triptych.server.files import result_response
+from triptych.server.files import KnownTags, result_response
 from triptych.server.front import Front, FrontOf, Who
 from triptych.server.intake.bodies import checked, read_body
 from triptych.server.intake.forms import FORM, form_fields, media_type, read_form
@@ -215,7 +215,8 @@ def _oldest_first(found: Iterator[JobRecord], after: str | None, count: int) -> 
 
 
 def _is_clip(record: JobRecord) -> bool:
-    return record.spec.encoding is not None and record.spec.encoding.format == "mp4"
+    spec = record.spec
+    return spec.bare is None and spec.encoding is not None and spec.encoding.format == "mp4"
 
 
 def _clip(front: Front, caller: Caller, video: str) -> JobView:
@@ -251,12 +252,13 @@ def content(
     front: FrontOf,
     caller: Who,
     variant: Annotated[str, Query(description="`video`, which is all that there is")] = "video",
+    known: KnownTags = None,
 ) -> Response:
     """A finished clip's file; a part of it where a range is asked for."""
     view = _clip(front, caller, video_id)
     if variant != "video":
         raise InvalidRequest.of("variant", variant, "video (no thumbnails or sprite sheets are made)")
-    return result_response(front.door, view, 0)
+    return result_response(front.door, view, 0, known)
 
 
 def _video(door: Door, view: JobView, warnings: list[str] | None = None) -> VideoObject:
