@@ -13,6 +13,7 @@ from benchmarks.first_picture import peak_bytes
 from benchmarks.generate import Spent, Turns, middle
 from benchmarks.layout import pinned
 from benchmarks.rates import completions, rate_of
+from benchmarks.serving import SIZES, Served, arrivals, compared, percentile
 from benchmarks.waiting import CAPACITY, WaitingStage, alone
 from triptych.stage import Admitted, Full, Output, StageTask
 
@@ -98,3 +99,32 @@ def test_the_slowest_stage_has_a_processor_to_itself() -> None:
 
 def test_a_figure_that_falls_short_is_a_miss() -> None:
     assert Row.at_least("throughput", 0.97, 0.97).met and Row.at_least("throughput", 0.96, 0.97).met is False
+
+
+def test_arrivals_are_the_same_for_all_and_as_many_a_second_as_were_asked_for() -> None:
+    planned = arrivals(50.0, 2000, seed=1)
+    assert planned == arrivals(50.0, 2000, seed=1) != arrivals(50.0, 2000, seed=2)
+    assert [one.seconds for one in planned] == sorted(one.seconds for one in planned)
+    assert 2000 / planned[-1].seconds == pytest.approx(50.0, rel=0.1)
+    small = sum(one.size == (64, 64) for one in planned) / 2000
+    assert small == pytest.approx(SIZES[64, 64] / sum(SIZES.values()), abs=0.05)
+
+
+def test_a_percentile_is_a_value_that_was_measured() -> None:
+    seconds = [float(number) for number in range(100, 0, -1)]
+    assert [percentile(seconds, share) for share in (0.5, 0.99, 1.0)] == [50.0, 99.0, 100.0]
+    assert percentile([3.0], 0.99) == 3.0
+
+
+def test_a_server_is_compared_with_the_best_of_the_others_in_each_respect() -> None:
+    done = {
+        "ours": Served([10.0], [0.2] * 10, [0.3] * 10, in_time=10),
+        "quick": Served([8.0], [0.1] * 10, [0.6] * 10, in_time=5),
+        "busy": Served([12.0], [0.4] * 10, [0.4] * 10, in_time=8),
+    }
+    rows = compared("ours", done, rate=5.0)
+    assert [(row.figure, row.met) for row in rows[:4]] == [
+        ("0.833", False), ("2.000", False), ("0.750", True), ("1.250", True),
+    ]  # fmt: skip
+    assert rows[4].figure == "10.0 a second, p50 200 ms, p90 200 ms, p99 200 ms"
+    assert rows[7].figure == "100.0 % in time, p50 300 ms, p90 300 ms, p99 300 ms"

@@ -81,7 +81,8 @@ def serve_app(
     """
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", ws="none", server_header=False,
-        timeout_graceful_shutdown=_GRACE,
+        timeout_graceful_shutdown=_GRACE, limit_concurrency=app.state.front.settings.max_connections,
+        forwarded_allow_ips="127.0.0.1,::1",  # a proxy on this machine tells which scheme its client used
     )  # fmt: skip
     return asyncio.run(_serve(_Server(config), app, sock, ready, drain, tell))
 

@@ -218,7 +218,7 @@ async def _made(
     job = await run_in_threadpool(begin_by, front, caller, submit, (stage,))
     view = await finish(front, caller, job, http)
     check_done(view)
-    return await run_in_threadpool(_response, files_of(door, view)[0])
+    return await run_in_threadpool(lambda: _response(files_of(door, view)[0]))
 
 
 def _response(file: ResultFile) -> Response:
