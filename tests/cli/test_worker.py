@@ -42,9 +42,12 @@ def test_a_slots_arguments_are_read_back(started: list[Any], tmp_path: Path) -> 
     layout = Layout.load(path)
     (slot,) = layout.slots(("encode", "denoise", "decode"))
     words = [*slot.arguments(), *layout.transfer.arguments(), "--join", "ipc:///run/x", "-m", "some/model"]
-    assert main(["worker", *words, "--workflow", "edit", "--orphan-seconds", "5", "--folder", "f"]) == 3
+    assert (
+        main(["worker", *words, "--workflow", "edit", "--orphan-seconds", "5", "--folder", "f", "--topology", "t"]) == 3
+    )
     ((settings, endpoint, keys, options),) = started
-    assert (endpoint, keys, options) == ("ipc:///run/x", None, {"orphan_seconds": 5.0, "folder": Path("f")})
+    assert (endpoint, keys) == ("ipc:///run/x", None)
+    assert options == {"orphan_seconds": 5.0, "folder": Path("f"), "topology": Path("t")}
     assert (settings.model, settings.stages, settings.workflow) == ("some/model", ("encode", "decode"), "edit")
     assert (settings.device, settings.threads, settings.cpus, settings.dtype) == ("cpu", 2, (0, 2), "float32")
     assert (settings.capacity, settings.name, settings.slot) == (3, "both", "both")

@@ -78,6 +78,8 @@ def worker(
     from triptych.model import Trust
     from triptych.worker import WorkerSettings, worker_main
 
+    gc.freeze()
+    gc.enable()
     code = worker_main(
         WorkerSettings(
             model=model,

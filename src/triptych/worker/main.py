@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -46,9 +45,6 @@ def worker_main(
     see `ZmqUplink`; `folder` is the private one for the exchange's socket; into the file `topology` goes what the model
     consists of, as soon as that is known. One line per event goes to standard error.
     """
-    # Without what has been imported, every round of the collector is shorter.
-    gc.freeze()
-    gc.enable()
     hush()
     keep_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
