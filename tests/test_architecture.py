@@ -72,7 +72,7 @@ THROUGH_THE_WINDOW = {
 
 ENVIRONMENT: dict[str, str] = {
     "server/locks/keys.py": "API keys, which are secrets",
-    "cli/__init__.py": "how OpenMP's threads wait, which it takes from nowhere else",
+    "cluster/processes.py": "what a worker process is to see of it, with what its slot adds",
 }
 """Files of src that may read the environment, with the reason."""
 

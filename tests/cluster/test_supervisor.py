@@ -236,7 +236,7 @@ def test_a_log_that_somebody_took_away_ends_no_watch(start: Start, tmp_path: Pat
 
 def test_a_signal_to_a_dead_process_does_not_take_it_away() -> None:
     with open(os.devnull, "wb") as output:
-        process = OwnProcess(command("pass"), output)
+        process = OwnProcess(command("pass"), output, {})
     wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
     process.signal(signal.SIGTERM)
     wait_until(process.ended)

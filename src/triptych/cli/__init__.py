@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -78,9 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given[:ours]
     given = [word for at, word in enumerate(given) if at >= ours or word != "--debug"]
     hush()
-    # Before torch is imported, here and in worker processes: threads that spin while they wait for one another take
-    # seconds over what takes milliseconds, once processes share processors.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     atexit.register(gc.freeze)  # or the interpreter spends a second of its end on looking through all of torch
     try:
         return _run(given or ["--help"])

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Protocol
 
 import psutil
@@ -32,12 +32,14 @@ class WorkerProcess(Protocol):
 
 
 class OwnProcess:
-    """A child of this process. Raises OSError if it cannot be started."""
+    """A child of this process. `variables` are added to its environment where that does not have them. Raises OSError
+    if it cannot be started."""
 
-    def __init__(self, command: Sequence[str], output: IO[bytes]) -> None:
+    def __init__(self, command: Sequence[str], output: IO[bytes], variables: Mapping[str, str]) -> None:
         self._child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            env={**variables, **os.environ},
+        )  # fmt: skip
         self.pid = self._child.pid
         self._lock = threading.Lock()
         self.code: int | None = None

@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,10 +33,12 @@ _workers = logging.getLogger("triptych.workers")
 
 @dataclass(frozen=True)
 class WorkerSlot:
-    """A place for one worker process: its name, and the command that fills it."""
+    """A place for one worker process: its name, the command that fills it, and environment variables for that, where it
+    has not got them from us."""
 
     name: str
     command: Sequence[str]
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ class Supervisor:
         place.started = time.monotonic()
         try:
             with place.log.writer() as output:
-                process = OwnProcess(place.slot.command, output)
+                process = OwnProcess(place.slot.command, output, place.slot.variables)
         except OSError as error:
             place.log.note(f"{place.slot.command[0]} cannot be started: {error.strerror}")
             self._again(place)
