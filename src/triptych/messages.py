@@ -120,8 +120,8 @@ class Encoding(Part, frozen=True):
 
 
 class Task(Part, frozen=True):
-    """One stage's share of a job. `attempt` counts the times that this stage of this job was handed out; answers to
-    an older one are ignored."""
+    """One stage's share of a job. `attempt` counts the times that this stage of this job was handed out, from a number
+    of the job's own; answers to another one are ignored."""
 
     job: str
     stage: StageName

@@ -138,6 +138,16 @@ def test_told_twice_it_stops_at_once(start: Callable[..., Server]) -> None:
     assert [server.line(), server.line()] == ["closing", "closed"]
 
 
+def test_a_drain_that_ran_out_of_time_is_no_success(start: Callable[..., Server]) -> None:
+    server = start("--port", "0", "--drain", "0.2")
+    with httpx.Client(base_url=server.url(), timeout=30) as client:
+        client.post("/v1/jobs", json={"prompt": "a cat"})
+        server.process.send_signal(signal.SIGTERM)
+    assert server.end() == 1
+    assert [server.line(), server.line()] == ["closing", "closed"]
+    assert "the time to drain is over, and not all that runs is finished\n" in server.errors
+
+
 def test_told_to_stop_while_it_closes_it_closes_to_the_end(start: Callable[..., Server]) -> None:
     server = start("--port", "0", closing=2.0)
     with httpx.Client(base_url=server.url(), timeout=30) as client:

@@ -310,3 +310,192 @@ def test_a_store_that_cannot_be_written_is_refused_without_its_password(outage: 
     with pytest.raises(InvalidRequest) as caught:
         ArtifactFolder("memory://user:secret@host/a")
     assert caught.value.field == "artifacts" and "secret" not in str(caught.value) and "SlowDown" in str(caught.value)
+
+
+def slow(patch: pytest.MonkeyPatch, name: str) -> tuple[threading.Event, threading.Event]:
+    """Has a call of the store wait. Returns what tells that it has begun, and what lets it go on."""
+    begun, go, real = threading.Event(), threading.Event(), getattr(MemoryFileSystem, name)
+
+    def wait(*given: Any, **more: Any) -> Any:
+        begun.set()
+        assert go.wait(20)
+        return real(*given, **more)
+
+    patch.setattr(MemoryFileSystem, name, wait)
+    return begun, go
+
+
+def test_nobody_who_writes_soon_waits_for_the_store(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifacts = ArtifactFolder(url)
+    begun, go = slow(monkeypatch, "put_file")
+    artifacts.write_soon("job", "a", b"old")
+    assert begun.wait(10)
+    before = time.monotonic()
+    artifacts.write_soon("job", "a", b"newer")
+    artifacts.delete("job", "b")
+    assert time.monotonic() - before < 1 and artifacts.read("job", "a") == b"newer"
+    go.set()
+    artifacts.close()
+    assert ArtifactFolder(url).read("job", "a") == b"newer"
+
+
+def test_a_download_does_not_hide_what_was_written_meanwhile(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ArtifactFolder(url).write("job", "a", b"old")
+    artifacts = ArtifactFolder(url)
+    begun, go = slow(monkeypatch, "get_file")
+    reader = threading.Thread(target=artifacts.read, args=("job", "a"))
+    reader.start()
+    assert begun.wait(10)
+    artifacts.write_soon("job", "a", b"new")
+    go.set()
+    reader.join()
+    assert artifacts.read("job", "a") == b"new"
+
+
+def test_one_blob_that_cannot_be_dealt_with_holds_up_no_other(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "RETRY_SECONDS", 0.02)
+    artifacts = ArtifactFolder(url)
+    for name in ("bad", "good", "better"):
+        artifacts.write("job", name, b"1")
+    real = MemoryFileSystem._rm
+
+    def remove(self: MemoryFileSystem, path: str) -> None:
+        if path.endswith("/bad"):
+            raise PermissionError(path)
+        real(self, path)
+
+    def put(self: MemoryFileSystem, at: str, to: str, **more: Any) -> None:
+        if to.endswith("/ugly"):
+            raise PermissionError(to)
+        self.pipe_file(to, Path(at).read_bytes())
+
+    monkeypatch.setattr(MemoryFileSystem, "_rm", remove)
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put)
+    artifacts.delete("job")
+    artifacts.write_soon("other", "ugly", b"1")
+    artifacts.write_soon("other", "fine", b"1")
+    until(lambda: ArtifactFolder(url).names("job") == {"bad": 1} and ArtifactFolder(url).names("other") == {"fine": 1})
+    artifacts.close()
+
+
+def test_what_waits_to_be_written_is_bounded(url: str, tmp_path: Path, outage: Outage) -> None:
+    outage.patch.setattr(object_store, "SPOOL_BYTES", 1000)
+    artifacts = ArtifactFolder(url, spool=tmp_path / "spool")
+    outage.begin("put_file")
+    for number in range(10):
+        artifacts.write_soon("job", f"{number}", bytes(100))
+    with pytest.raises(OSError, match="1000 bytes wait to be written already"):
+        artifacts.write_soon("job", "more", bytes(100))
+    assert "more" not in artifacts.names("job")
+    outage.end()
+    outage.patch.setattr(object_store, "SPOOL_BYTES", 1000)
+    until(lambda: len(ArtifactFolder(url).names("job")) == 10)
+    until(lambda: not artifacts._place._spool._pinned)  # pyright: ignore[reportAttributeAccessIssue]
+    artifacts.write_soon("job", "more", bytes(100))
+    artifacts.close()
+
+
+def test_what_is_forgotten_of_a_store_that_fails_is_no_longer_held_here(url: str, outage: Outage) -> None:
+    outage.patch.setattr(object_store, "MAX_LEFT", 3)
+    artifacts = ArtifactFolder(url)
+    outage.begin("put_file")
+    for number in range(10):
+        artifacts.write_soon("job", f"{number}", b"1")
+    until(lambda: len(artifacts._place._spool._pinned) <= 4)  # pyright: ignore[reportAttributeAccessIssue]
+    outage.end()
+    artifacts.close()
+
+
+def test_many_of_its_own_are_deleted_together(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = ArtifactFolder(url, own=True)
+    for number in range(250):
+        mine.write(f"job{number}", "a", b"1")
+    calls: list[int] = []
+    real = MemoryFileSystem.rm
+
+    def rm(self: MemoryFileSystem, path: Any, *given: Any, **more: Any) -> None:
+        calls.append(len(path))
+        time.sleep(0.05)
+        real(self, path, *given, **more)
+
+    def rmdir(*_: Any) -> None:
+        calls.append(0)
+
+    monkeypatch.setattr(MemoryFileSystem, "rm", rm)
+    monkeypatch.setattr(MemoryFileSystem, "rmdir", rmdir)
+    mine.close()
+    assert ArtifactFolder(url).jobs() == []
+    assert len(calls) <= 5 and sum(calls) >= 249 and 0 not in calls, calls
+
+
+def test_a_pattern_in_the_url_is_none(outage: Outage) -> None:
+    base = uuid4().hex
+    MemoryFileSystem().pipe_file(f"/{base}/ab/job/0", b"others'")
+    mine = ArtifactFolder(f"memory://{base}/a[b]", own=True)
+    for name in "01":
+        mine.write("job", name, b"1")
+    mine.close()
+    assert [path.rpartition(f"{base}/")[2] for path in MemoryFileSystem().find(f"/{base}")] == ["ab/job/0"]
+
+
+def test_deletions_go_on_after_a_restart(url: str, tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    artifacts = ArtifactFolder(url, spool=spool)
+    for name in ("a", "b", "c"):
+        artifacts.write("job", name, b"1")
+    artifacts.delete("job", "b")
+    (kept,) = tmp_path.glob("spool-*.removals")
+    artifacts.write("job", "b", b"anew")
+    artifacts.close()
+    kept.write_text("-job/a\n-job/b\n+job/b\n-job/c")  # as a process that is killed leaves it
+    again = ArtifactFolder(url, spool=spool)
+    assert again.names("job") == {"b": 4, "c": 1}, "what was cut off is no removal"
+    until(lambda: set(ArtifactFolder(url).names("job")) == {"b", "c"})
+    until(lambda: kept.read_text() == "")
+    again.close()
+
+
+def test_the_journal_says_what_is_left(url: str, tmp_path: Path, outage: Outage) -> None:
+    artifacts = ArtifactFolder(url, spool=tmp_path / "spool")
+    for name in ("a", "b"):
+        artifacts.write("job", name, b"1")
+    outage.begin("rm_file", "rm", "_rm")
+    artifacts.delete("job")
+    (kept,) = tmp_path.glob("spool-*.removals")
+    assert sorted(kept.read_text().splitlines()) == ["-job/a", "-job/b"] and kept.stat().st_mode & 0o777 == 0o600
+    artifacts.write("job", "b", b"anew")
+    artifacts.close()
+    assert kept.read_text() == "-job/a\n"
+    outage.end()
+    again = ArtifactFolder(url, spool=tmp_path / "spool")
+    assert again.names("job") == {"b": 4}
+    again.close()
+    assert ArtifactFolder(url).names("job") == {"b": 4} and kept.read_text() == ""
+
+
+def test_a_copy_in_use_stays(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ArtifactFolder(url).write("job", "a", bytes(100))
+    monkeypatch.setattr(object_store, "SPOOL_BYTES", 1000)
+    artifacts = ArtifactFolder(url, spool=tmp_path / "spool")
+    path = artifacts.path("job", "a")
+    for number in range(50):
+        artifacts.write("job", f"blob{number}", bytes(100))
+    assert path.exists()
+
+
+def test_a_copy_that_goes_before_it_is_opened_is_fetched_again(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifacts = ArtifactFolder(url, spool=tmp_path / "spool")
+    artifacts.write("job", "a", b"1")
+    real, taken = object_store._Spool.find, []
+
+    def find(self: Any, key: Any) -> Path | None:
+        path = real(self, key)
+        if path is not None and not taken:
+            taken.append(path)
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(object_store._Spool, "find", find)
+    assert artifacts.read("job", "a") == b"1" and taken

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 
 from tests.cluster.toy import STAGES, ToyCluster, ToyKeeper, ToyWorker
 from triptych.cluster import Coordinator, JobRecord, JobSpec, Kept, Limits, MemoryStore, Outcome, SqliteStore, StageSpec
-from triptych.errors import InvalidRequest, NoWorker
+from triptych.errors import InvalidRequest, NoWorker, QueueFull
 from triptych.messages import (
     PROTOCOL,
+    Checkpointed,
     Descriptor,
+    Failed,
     Hello,
     Ready,
     Refused,
@@ -269,6 +272,28 @@ def test_only_the_last_stage_is_told_of_the_files() -> None:
     assert worker.held["a"].raw
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_jobs_that_are_given_up_fail_for_whoever_waits(keep: bool) -> None:
+    cluster = ToyCluster()
+    worker = cluster.worker("encode", credits=1)
+    cluster.submit("running")
+    cluster.submit("waiting")
+    worker.die()
+    cluster.coordinator.give_up("every process has ended", keep=keep)
+    for job in cluster.submitted:
+        (outcome,) = cluster.outcomes[job]
+        assert (outcome.state, outcome.failures[-1].code) == ("failed", "no_worker")
+    kept = {"running": 1, "queued": 1} if keep else {"failed": 2}
+    assert {state: count for state, count in cluster.coordinator.status().jobs.items() if count} == kept
+
+
+def test_who_asks_what_is_missing_waits_for_nobody() -> None:
+    cluster = ToyCluster()
+    cluster.worker("encode")
+    with cluster.coordinator._lock, ThreadPoolExecutor(1) as pool:
+        assert pool.submit(cluster.coordinator.missing).result(PATIENCE) == ("denoise", "decode")
+
+
 def test_closing_ends_the_wait_for_jobs_that_will_not_end() -> None:
     cluster = ToyCluster()
     cluster.submit("a")
@@ -460,3 +485,93 @@ def test_many_threads_at_once_lose_nothing_and_tell_everything_in_order() -> Non
         assert isinstance(outcome, Outcome) and outcome.state == "done"
         places = [(STAGES.index(one.stage), one.step) for one in steps if isinstance(one, Stepped)]
         assert places == sorted(set(places)) and len(places) == len(steps)
+
+
+def test_a_new_job_of_an_old_id_is_not_taken_for_it_by_late_messages() -> None:
+    cluster = ToyCluster()
+    worker = cluster.worker()
+    cluster.submit("a", seed=1)
+    old = worker.held["a"]
+    assert cluster.coordinator.forget("a")
+    cluster.submit("a", seed=2)
+    late = {"job": "a", "stage": old.stage, "attempt": old.attempt}
+    worker.say(Stepped(**late, step=1, steps=4, seconds=0.1))
+    worker.say(Checkpointed(**late, step=1, descriptor=worker.publish()))
+    worker.say(Failed(**late, code="error", message="of the old one"))
+    worker.say(TaskDone(**late, descriptor=worker.publish(), seconds=1.0, steps=1, peak_bytes=0))
+    record = cluster.coordinator.job("a")
+    assert record is not None and (record.stage, record.finished, record.failures) == (0, [], [])
+    assert worker.held["a"].seed == 2 and not cluster.progress["a"]
+    cluster.finish()
+    assert cluster.outcome("a").state == "done" and cluster.leaks() == []
+
+
+def test_attempts_of_a_restored_job_count_on() -> None:
+    cluster = ToyCluster()
+    worker = cluster.worker()
+    cluster.submit("a")
+    task = worker.held["a"]
+    worker.cut = True
+    worker.done("a")
+    cluster.restart()
+    record = cluster.coordinator.job("a")
+    assert record is not None and record.stage == 1 and record.attempts[0] == 1, "what it did meanwhile was taken up"
+    assert record.mark + 1 == task.attempt
+
+
+@pytest.mark.parametrize("ends", ["done", "failed"])
+def test_an_id_is_free_once_nothing_of_the_old_job_is_being_fetched(ends: str) -> None:
+    cluster = ToyCluster()
+    encode, denoise, decode = (cluster.worker(stage) for stage in STAGES)
+    cluster.keeper.at_once = False
+    cluster.submit("a")
+    encode.done("a")
+    if ends == "done":
+        denoise.done("a")
+        decode.done("a")
+    else:
+        denoise.fail("a", "invalid_request")
+    (what,) = (what for _, what, _, _ in cluster.keeper.waiting)
+    assert what == ("result" if ends == "done" else "input")
+    assert cluster.coordinator.forget("a")
+    with pytest.raises(QueueFull, match="this id"):
+        cluster.submit("a")
+    cluster.keeper.settle()
+    assert not cluster.keeper.kept.get("a"), "nobody asks for it any more"
+    cluster.keeper.at_once = True
+    cluster.submit("a")
+    assert list(encode.held) == ["a"]
+    cluster.finish()
+    assert cluster.outcome("a").state == "done" and cluster.leaks() == []
+
+
+def test_the_input_of_a_failed_job_stays_while_the_job_is_known() -> None:
+    cluster = ToyCluster()
+    encode, denoise, _ = (cluster.worker(stage) for stage in STAGES)
+    cluster.keeper.at_once = False
+    cluster.submit("a")
+    encode.done("a")
+    denoise.fail("a", "invalid_request")
+    cluster.keeper.settle()
+    assert cluster.keeper.kept["a"] == {"input"}
+
+
+def test_what_the_store_does_not_remove_is_not_forgotten() -> None:
+    class Stuck(BrittleStore):
+        def remove(self, job: str) -> bool:
+            if self.full:
+                raise OSError("no space left on device")
+            return super().remove(job)
+
+    store = Stuck()
+    cluster = ToyCluster(store=store)
+    cluster.worker()
+    cluster.submit("a")
+    store.full = True
+    cluster.finish()
+    with pytest.raises(OSError, match="no space"):
+        cluster.coordinator.forget("a")
+    record = cluster.coordinator.job("a")
+    assert record is not None and record.state == "done", "it does not run once more"
+    store.full = False
+    assert cluster.coordinator.forget("a") and cluster.coordinator.job("a") is None

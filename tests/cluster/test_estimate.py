@@ -8,6 +8,7 @@ import pytest
 
 from tests.cluster.toy import STAGES, ToyCluster, ToyWorker
 from triptych.cluster import Estimate, Limits, StageSpec
+from triptych.cluster.fleet import OCTAVES, Measures
 from triptych.errors import QueueFull
 from triptych.request import StageName
 
@@ -211,3 +212,46 @@ def test_a_worker_that_is_leaving_is_given_nothing_more() -> None:
     cluster.pass_time(0.5)
     assert cluster.coordinator.estimate("b").done_in is not None, "it has that one"
     assert cluster.coordinator.estimate("c") == Estimate(None, None)
+
+
+def test_sizes_are_told_apart_since_a_unit_has_a_part_that_does_not_grow() -> None:
+    cluster, workers = split()
+    seconds = {1.0: 1.0, 100.0: 2.0}
+    for number in range(4):
+        for work in (1.0, 100.0):
+            job = submit(cluster, f"{number}-{work}", work=work)
+            cluster.pass_time(ENCODE)
+            end(workers["encode"], job)
+            for at in range(1, 5):
+                step(cluster, workers["denoise"], job, at, seconds[work])
+            workers["denoise"].done(job, steps=4)
+            cluster.pass_time(DECODE)
+            end(workers["decode"], job)
+    for work, each in seconds.items():
+        job = submit(cluster, f"last-{work}", work=work)
+        close(cluster.coordinator.estimate(job), 0.0, ENCODE + 4 * each + DECODE)
+        cluster.coordinator.cancel(job)
+    near = submit(cluster, "near", work=50.0)  # twice as large takes 2 s at most
+    close(cluster.coordinator.estimate(near), 0.0, ENCODE + 4 * 2.0 / 2 + DECODE / 2)
+
+
+def test_calls_of_the_vae_by_itself_are_measured_apart() -> None:
+    cluster, workers = split()
+    submit(cluster, "a")
+    work_off(cluster, workers, "a")
+    alone = (StageSpec(stage="decode", fields={}),)
+    call = cluster.submit("call", stages=alone, work=WORK, bare="vae.decode")
+    assert cluster.coordinator.estimate(call).done_in is None, "none was measured"
+    cluster.pass_time(60.0)
+    workers["decode"].step(call, 1, 60.0, steps=1)
+    workers["decode"].done(call)
+    submit(cluster, "b")
+    close(cluster.coordinator.estimate("b"), 0.0, ENCODE + 4 * STEP + DECODE)
+
+
+def test_no_more_sizes_are_measured_apart_than_there_are_octaves() -> None:
+    measures = Measures(0.1)
+    for exponent in range(-80, 200):
+        measures.add(("decode", "cpu", None), 1.0, 2.0**exponent)
+    assert sum(map(len, measures._found.values())) == OCTAVES
+    assert measures.expected(("denoise", "cpu", None), 1.0) is None

@@ -26,8 +26,7 @@ def test_a_task_that_was_spoken_of_and_then_dropped_is_handed_out_again() -> Non
     denoise.checkpoint("a", 2)  # heard by the next coordinator, before the worker drops what it was at
     denoise.held.clear()
     cluster.restart()
-    task = denoise.held["a"]
-    assert task.attempt == 2 and cluster.keeper.kept["a"] == {"checkpoint"}
+    assert denoise.attempt("a") == 2 and cluster.keeper.kept["a"] == {"checkpoint"}
     cluster.pass_time(6.0)
     cluster.finish()
     assert cluster.outcome("a").state == "done" and cluster.leaks() == []

@@ -16,7 +16,7 @@ def test_a_job_goes_through_its_stages_and_nothing_is_kept() -> None:
     cluster = ToyCluster()
     encode, denoise, decode = (cluster.worker(stage) for stage in STAGES)
     cluster.submit("a")
-    assert encode.held["a"].attempt == 1
+    assert encode.attempt("a") == 1
     encode.done("a")
     assert denoise.held["a"].payload is not None
     denoise.done("a")
@@ -65,21 +65,39 @@ def test_outputs_do_not_pile_up_before_a_stage_that_does_not_keep_up() -> None:
     assert encode.held
 
 
-def test_priority_then_deadline_then_the_client_with_least_then_age() -> None:
+def test_the_client_with_least_then_priority_then_deadline_then_age() -> None:
     cluster = ToyCluster(Limits(ahead=100))
-    cluster.submit("late", client="a")
+    cluster.submit("other", client="a")
+    cluster.submit("another", client="a", work=2.0)
     cluster.submit("big", client="b", work=10.0)
     cluster.submit("old", client="b")
     cluster.submit("soon", client="b", deadline=50.0)
     cluster.submit("sooner", client="b", deadline=20.0)
     cluster.submit("first", client="b", priority=1)
+    foreseen = {job: cluster.coordinator.position(job) for job in cluster.submitted}
     worker = cluster.worker("encode", credits=1)
     order = []
     while worker.held:
         order.append(worker.next())
         worker.done(worker.next())
-    # b was served three jobs before a's turn came: a goes first among those that nothing distinguishes
-    assert order == ["first", "sooner", "soon", "late", "big", "old"]
+    assert order == ["other", "first", "another", "sooner", "soon", "big", "old"]
+    assert foreseen == {job: place for place, job in enumerate(order)}, "it goes as it was told"
+
+
+def test_a_client_that_asks_for_priority_does_not_keep_another_waiting() -> None:
+    cluster = ToyCluster(Limits(ahead=1000))
+    worker = cluster.worker("encode", credits=1)
+    for number in range(3):
+        cluster.submit(f"patient{number}", client="patient")
+    order = []
+    for number in range(12):
+        # One job at a time: each time it comes back, and starts level with the others.
+        cluster.submit(f"urgent{number}", client="urgent", priority=100, deadline=1.0)
+        order.append(worker.next())
+        worker.done(order[-1])
+        if order[-1].startswith("urgent"):
+            cluster.coordinator.cancel(order[-1])
+    assert [job for job in order[:6] if job.startswith("patient")] == ["patient0", "patient1", "patient2"], order
 
 
 def test_a_client_with_many_jobs_does_not_keep_another_waiting() -> None:

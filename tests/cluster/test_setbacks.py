@@ -31,7 +31,7 @@ def test_a_dead_workers_jobs_go_on_elsewhere_with_nothing_beside_them() -> None:
     doomed.die()
     cluster.submit("c")
     fresh = cluster.worker("encode", credits=2)
-    assert list(fresh.held) == ["a"] and fresh.held["a"].attempt == 2
+    assert list(fresh.held) == ["a"] and fresh.attempt("a") == 2
     fresh.done("a")
     assert list(fresh.held) == ["b"]
     fresh.done("b")
@@ -218,7 +218,7 @@ def test_a_retry_is_at_the_same_worker_if_there_is_no_other_and_it_has_proved_it
     worker.fail("a")
     assert not worker.held
     worker.prove()
-    assert worker.held["a"].attempt == 2
+    assert worker.attempt("a") == 2
     cluster.finish()
     assert cluster.outcome("a").state == "done" and cluster.coordinator.status().totals.retries == 1
 
@@ -265,7 +265,7 @@ def test_a_waiting_job_goes_back_at_once_when_its_input_dies() -> None:
     cluster.submit("a")
     encode.done("a")
     encode.die()
-    assert cluster.worker("encode").held["a"].attempt == 2
+    assert cluster.worker("encode").attempt("a") == 2
 
 
 def test_a_producer_that_lives_but_cannot_be_reached_is_asked_a_limited_number_of_times() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from triptych.cluster import Coordinator, JobSpec, JobStore, Kept, Limits, MemoryStore, Outcome, StageSpec
+from triptych.cluster.scheduler import MARKS
 from triptych.errors import Damaged, PayloadLost
 from triptych.messages import (
     PROTOCOL,
@@ -199,6 +200,10 @@ class ToyWorker:
         if notice:
             self.cluster.coordinator.left(self.incarnation, "killed")
 
+    def attempt(self, job: str) -> int:
+        """Which time its stage of that job was handed out."""
+        return self.held[job].attempt % MARKS
+
     def next(self) -> str:
         """The job that it was given first."""
         return next(iter(self.held))
@@ -353,7 +358,8 @@ class ToyCluster:
             assert owner is None or descriptor.payload not in owner.released, f"{descriptor.payload} was let go"
             good = owner is None or ticket_is_good(descriptor.payload, 1, task.payload.token, owner.secret)
             assert good, f"a wrong ticket for {descriptor.payload}"
-        assert (task.payload is None) == (task.stage == STAGES[0]), f"{task.stage} of {task.job} has a wrong input"
+        first = task.stage == STAGES[0] or task.bare is not None
+        assert (task.payload is None) == first, f"{task.stage} of {task.job} has a wrong input"
 
     def leaks(self) -> list[str]:
         """Payloads that living workers keep, and tasks that the coordinator believes somewhere."""

@@ -228,12 +228,19 @@ def _fields() -> Iterator[Case]:
 # Headers
 
 
+_FORM = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n--b--\r\n'
+
+
 def _headers() -> Iterator[Case]:
     right = json.dumps(ROUTES["/v1/jobs"]).encode()
     kinds = ["text/plain", "application/x-www-form-urlencoded", "application/xml", "image/png", "json", ";", "*/*",
              "application/json" + "x" * 5000, "application/jsonp", "application"]  # fmt: skip
     for kind in kinds:
         yield Case(f"content-type {kind[:40]!r}", "POST", "/v1/jobs", right, {"content-type": kind})
+    for charset in ("undefined", "idna", "utf-7", "\u00ff", "x" * 500):
+        kind = f"multipart/form-data; boundary=b; charset={charset}"
+        for path in ("/v1/images/edits", "/v1/files"):
+            yield Case(f"{path}: charset {charset[:20]!r}", "POST", path, _FORM, {"content-type": kind})
     odd: list[tuple[dict[str, str], bool]] = [
         ({"host": "evil.example"}, True),
         ({"host": "127.0.0.1.evil.example"}, True),

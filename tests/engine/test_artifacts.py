@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,11 +17,14 @@ from PIL import Image
 
 from tests.families import folder
 from triptych import Engine, Request
-from triptych.cluster import coordinator, object_store
+from triptych.cluster import ArtifactFolder, NotNear, coordinator, object_store
 from triptych.config import Layout, LimitsSection
 from triptych.decode import read_settings, repeat_settings
+from triptych.engine import opening
 from triptych.engine.jobs import Job
-from triptych.errors import StorageFailed, TriptychError
+from triptych.engine.keeper import Folder, PayloadKeeper
+from triptych.errors import InvalidRequest, StorageFailed, TriptychError
+from triptych.transfer import Exchange, Payload, TransferSettings
 
 SECONDS = 60.0
 
@@ -153,6 +157,147 @@ def test_a_read_that_fails_is_an_error_and_no_other_picture(
             with pytest.raises(StorageFailed, match=f"gave {len(good) - 1} bytes"):
                 data(engine, job)
         assert data(engine, job) == good
+
+
+class SlowReads:
+    """Reads wait until they may go on."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go, real = threading.Event(), threading.Event(), MemoryFileSystem.get_file
+
+        def get_file(*given: Any, **more: Any) -> None:
+            self.begun.set()
+            assert self.go.wait(20)
+            real(*given, **more)
+
+        patch.setattr(MemoryFileSystem, "get_file", get_file)
+
+
+def test_nobody_waits_while_pictures_are_brought_back_after_a_restart(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = Image.new("RGB", (64, 64), "red")
+    options: dict[str, Any] = {"workflow": "image2image", "state": tmp_path / "state", "artifacts": url}
+    with opened(**options) as engine:
+        job = engine.submit(ask(images=[picture], num_inference_steps=50), files=True)
+    slow = SlowReads(monkeypatch)
+    with opened(**options) as engine:
+        assert slow.begun.wait(SECONDS)
+        before = time.monotonic()
+        found = engine.view(job.id)
+        assert found is not None and found.record.state == "running" and time.monotonic() - before < 2
+        slow.go.set()
+        until(lambda: (now := engine.view(job.id)) is not None and now.record.state == "done")
+        assert len(data(engine, job))
+
+
+def test_a_job_whose_pictures_are_on_their_way_when_all_is_closed_goes_on_later(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = Image.new("RGB", (64, 64), "red")
+    options: dict[str, Any] = {"workflow": "image2image", "state": tmp_path / "state", "artifacts": url}
+    with opened(**options) as engine:
+        job = engine.submit(ask(images=[picture], num_inference_steps=50), files=True)
+    with monkeypatch.context() as patch:
+        failing = SlowReads(patch)
+        engine = opened(**options)
+        assert failing.begun.wait(SECONDS)
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        closing.join(2)
+        assert closing.is_alive(), "what is being fetched is waited for"
+        MemoryFileSystem().pipe_file(f"{url.removeprefix('memory:/')}/{job.id}/pictures", b"cut off")
+        failing.go.set()
+        closing.join(SECONDS)
+    with opened(**options) as engine:
+        found = engine.view(job.id)
+        assert found is not None and found.record.state in ("queued", "running")
+        engine.forget(job.id)
+
+
+@pytest.fixture
+def exchange() -> Iterator[Exchange]:
+    made = Exchange(TransferSettings(routes=("reference",)))
+    yield made
+    made.close()
+
+
+def test_what_is_far_is_offered_once_it_is_near(url: str, exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
+    Folder(ArtifactFolder(url)).put("job", "pictures", Payload({"n": 1}))
+    keeper = PayloadKeeper(exchange, Folder(ArtifactFolder(url)))
+    slow = SlowReads(monkeypatch)
+    with pytest.raises(NotNear) as caught:
+        keeper.offer("job/pictures")
+    slow.go.set()
+    caught.value.coming.result(20)
+    assert keeper.offer("job/pictures") == keeper.offer("job/pictures")
+    keeper.drop("job")
+    with pytest.raises(KeyError):
+        keeper.offer("job/pictures")
+    keeper.close()
+
+
+def test_what_cannot_be_brought_here_is_gone(url: str, exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
+    Folder(ArtifactFolder(url)).put("job", "pictures", Payload({"n": 1}))
+    keeper = PayloadKeeper(exchange, Folder(ArtifactFolder(url)))
+    go = threading.Event()
+
+    def fail(*_: Any, **__: Any) -> None:
+        assert go.wait(20)
+        raise RuntimeError("SlowDown")
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", fail)
+    with pytest.raises(NotNear) as caught:
+        keeper.offer("job/pictures")
+    go.set()
+    assert isinstance(caught.value.coming.exception(20), OSError)
+    with pytest.raises(KeyError):
+        keeper.offer("job/pictures")
+    keeper.close()
+
+
+def test_a_failed_task_is_kept_without_waiting_for_its_pictures(
+    url: str, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Folder(ArtifactFolder(url)).put("job", "pictures", Payload({"n": 1}))
+    artifacts = ArtifactFolder(url)
+    keeper = PayloadKeeper(exchange, Folder(artifacts))
+    slow = SlowReads(monkeypatch)
+    keeper.keep_failed("job", b"task")
+    keeper.drop("job", "pictures")
+    assert slow.begun.wait(10) and not slow.go.is_set()
+    slow.go.set()
+    until(lambda: set(artifacts.names("job")) == {"failed.task", "failed.pictures"})
+    keeper.close()
+
+
+def test_a_failed_task_is_kept_when_its_pictures_cannot_be_read(
+    url: str, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Folder(ArtifactFolder(url)).put("job", "pictures", Payload({"n": 1}))
+    artifacts = ArtifactFolder(url)
+    keeper = PayloadKeeper(exchange, Folder(artifacts))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("SlowDown")
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", fail)
+    Folder(artifacts).keep_failed("job", b"task")
+    assert artifacts.read("job", "failed.task") == b"task"
+    keeper.keep_failed("job", b"task")
+    keeper.drop("job", None)
+    until(lambda: not artifacts.names("job"))
+    keeper.close()
+
+
+def test_the_store_is_opened_before_workers_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: Any) -> None:
+        raise AssertionError("workers were started first")
+
+    monkeypatch.setattr(opening, "_start_early", start)
+    with pytest.raises(InvalidRequest) as caught:
+        opened(isolate=True, artifacts="pigeon://loft")
+    assert caught.value.field == "artifacts"
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
 import socket
 import tempfile
 import threading
@@ -17,7 +18,7 @@ import pytest
 from tests.families import folder
 from tests.stage.toy import topology
 from triptych import Cancelled, Engine, InvalidRequest, Request, TriptychError
-from triptych.cluster import Coordinator, MemoryStore, SqliteStore, Supervisor, make_server_keys
+from triptych.cluster import Coordinator, MemoryStore, Outcome, SqliteStore, Supervisor, make_server_keys
 from triptych.config import Layout
 from triptych.engine import crew, opening
 from triptych.engine import engine as engine_module
@@ -66,6 +67,21 @@ def test_a_worker_thread_that_dies_ends_every_job_and_takes_no_more(monkeypatch:
         assert not jobs_now["queued"] and not jobs_now["running"]
 
 
+@pytest.mark.parametrize("durable", [False, True])
+def test_whoever_watches_a_job_hears_that_nobody_is_left(
+    durable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(state=tmp_path / "state" if durable else None) as engine:
+        job = engine.submit(ask(steps=900))
+        heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        engine.watch(job.id, lambda event: heard.put(event) if isinstance(event, Outcome) else None)
+        monkeypatch.setattr(cast(Any, engine)._parts.crew._worker._desk, "turn", die)
+        assert isinstance(raised(job.result), NoWorker)
+        outcome, view = heard.get(timeout=PATIENCE), engine.view(job.id)
+        assert (outcome.state, outcome.failures[-1].code) == ("failed", "no_worker")
+        assert view is not None and (view.record.state in ("queued", "running")) == durable
+
+
 def test_a_job_submitted_while_the_worker_thread_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with opened() as engine:
         real = engine_module.spec_of
@@ -77,6 +93,44 @@ def test_a_job_submitted_while_the_worker_thread_dies_is_told(monkeypatch: pytes
 
         monkeypatch.setattr(engine_module, "spec_of", late)
         assert isinstance(raised(lambda: engine.generate(ask())), NoWorker)
+
+
+def test_a_job_that_was_refused_after_it_was_taken_leaves_its_name_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened() as engine:
+        coordinator, job = cast(Any, engine)._coordinator, engine.id_of("client", "name")
+        real = coordinator.submit
+
+        def submit(*args: Any) -> None:
+            real(*args)
+            cast(Any, engine)._broken = "nobody is left"
+
+        monkeypatch.setattr(coordinator, "submit", submit)
+        assert isinstance(raised(lambda: engine.submit(ask(), id=job)), NoWorker)
+        assert engine.view(job) is None
+        monkeypatch.undo()
+        cast(Any, engine)._broken = ""
+        assert engine.submit(ask(), id=job, files=False).result().images
+
+
+def test_a_late_word_of_a_forgotten_job_is_not_told_to_the_next_one_of_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with opened() as engine:
+        job, told = engine.id_of("client", "name"), list[Callable[[], None]]()
+        teller = cast(Any, engine)._teller
+
+        def late(*args: Any) -> Callable[[Any], None]:
+            tell = teller(*args)
+            return lambda event: told.append(lambda: tell(event))
+
+        monkeypatch.setattr(engine, "_teller", late)
+        engine.submit(ask(), id=job)
+        assert engine.forget(job)
+        monkeypatch.undo()
+        again = engine.submit(ask(), id=job, files=False)
+        for word in told:
+            word()
+        assert again.result().images
 
 
 @pytest.mark.parametrize("error", [KeyError("gone"), OSError("the disk"), NoWorker("of its own")])

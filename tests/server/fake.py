@@ -166,6 +166,8 @@ class FakeEngine:
             watcher(event)
 
     def watch(self, job: str, watcher: Callable[[Any], None]) -> Callable[[], None]:
+        if job not in self.views:
+            raise InvalidRequest.of("job", job, "a job that was submitted and has not expired")
         record = self.views[job].record
         if record.state in ENDED:
             watcher(Outcome(state=record.state, failures=tuple(record.failures)))

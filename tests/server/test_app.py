@@ -43,7 +43,7 @@ def test_a_client_that_hangs_up_in_the_middle_is_no_bug_of_ours(engine: FakeEngi
         "scheme": "http",
     }  # fmt: skip
     asyncio.run(create_app(engine, ServeSection(max_body=100_000), version="1")(scope, receive, send))
-    assert sent[0]["status"] == 422 and not engine.submitted
+    assert sent[0]["status"] == 499 and b"client_closed_request" in sent[1]["body"] and not engine.submitted
 
 
 @pytest.mark.parametrize(

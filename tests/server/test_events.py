@@ -200,6 +200,23 @@ def test_a_slow_reader_is_told_what_there_is_and_keeps_nothing(client: TestClien
     assert len(found) <= 1026 and found[-1][0] == "done" and found[-1][1] == "3001"
 
 
+def test_a_new_job_of_an_old_one_s_id_begins_anew(told: Any, client: TestClient, engine: FakeEngine) -> None:
+    key = {"Idempotency-Key": "order-17"}
+    job = client.post("/v1/jobs", json={"prompt": "a"}, headers=key).json()["id"]
+    engine.tell(job, step(1))
+    engine.put(job, "failed", ended=9.0)
+    assert [name for name, _, _ in told(job)] == ["job", "progress", "failed"]
+    engine.forget(job)  # it has expired
+    assert client.post("/v1/jobs", json={"prompt": "a"}, headers=key).json()["id"] == job
+    again = client.post("/v1/jobs", json={"prompt": "a"}, headers=key)
+    assert again.headers["idempotent-replayed"] == "true"
+    engine.tell(job, step(2))
+    engine.put(job, "done", ended=9.0)
+    found = told(job)
+    assert [(name, number) for name, number, _ in found] == [("job", None), ("progress", "1"), ("done", "2")]
+    assert found[1][2]["step"] == 2
+
+
 def test_a_reader_that_leaves_is_forgotten_and_cancels_nothing(client: TestClient, engine: FakeEngine) -> None:
     job = submitted(client)
     following = follower(client)

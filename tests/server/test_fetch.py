@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from tests.server.fake import FakeEngine
 from triptych.config import ImageUrlsSection, ServeSection
 from triptych.errors import InvalidRequest, MediaError, QueueFull, TriptychError
 from triptych.server import create_app
-from triptych.server.intake.fetch import MAX_FETCHES, Fetcher, is_public
+from triptych.server.intake.fetch import MAX_FETCHES, MAX_OWN_FETCHES, Fetcher, is_public
 
 PUBLIC = "93.184.216.34"
 FILE = "file:" + "//"
@@ -512,3 +513,47 @@ def test_urls_are_off_by_default(engine: FakeEngine, client: TestClient) -> None
         assert (wrong.status_code, wrong.json()["error"]["field"]) == (422, "images[0]")
         with pytest.raises(TimeoutError):
             listener.accept()
+
+
+def test_one_caller_leaves_turns_to_others(far: Far) -> None:
+    inside: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    far.routes["/a"] = answer()
+
+    async def scene() -> list[bytes]:
+        fetcher = Fetcher(ImageUrlsSection(allow=("*",)), far.resolve, connect)
+        callers = ["greedy"] * 3 * MAX_OWN_FETCHES + ["modest"] * 2
+        return await asyncio.gather(*(one(fetcher, caller) for caller in callers))
+
+    async def one(fetcher: Fetcher, caller: str) -> bytes:
+        return await fetcher.fetch(f"http://{caller}.example.org/a", "mask", caller)
+
+    async def connect(address: str, port: int, context: Any, host: str) -> Any:
+        caller = host.partition(".")[0]
+        inside[caller] += 1
+        most[caller] = max(most[caller], inside[caller])
+        await asyncio.sleep(0.05)
+        inside[caller] -= 1
+        return await far.connect(address, port, context, host)
+
+    assert asyncio.run(scene()) == [PICTURE] * (3 * MAX_OWN_FETCHES + 2)
+    assert most == {"greedy": MAX_OWN_FETCHES, "modest": 2}
+
+
+def test_who_waits_too_long_for_a_turn_leaves_nothing_behind(far: Far) -> None:
+    far.routes["/a"] = answer()
+
+    async def scene() -> None:
+        fetcher = Fetcher(ImageUrlsSection(allow=("*",), seconds=0.4), far.resolve, connect)
+        held = [asyncio.create_task(fetcher.fetch("http://slow.example.org/a", "mask", "one")) for _ in range(12)]
+        found = await asyncio.gather(*held, return_exceptions=True)
+        assert {type(one) for one in found} == {MediaError, QueueFull}
+        for _ in range(2 * MAX_OWN_FETCHES):
+            assert await fetcher.fetch("http://cdn.example.org/a", "mask", "one") == PICTURE
+
+    async def connect(address: str, port: int, context: Any, host: str) -> Any:
+        if host.startswith("slow"):
+            await asyncio.sleep(60)
+        return await far.connect(address, port, context, host)
+
+    asyncio.run(scene())

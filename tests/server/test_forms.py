@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from tests.server.conftest import LOCAL
 from tests.server.fake import FakeEngine
 from tests.server.test_openai_images import picture, refused
+from triptych.config import ServeSection
+from triptych.server import create_app
 
 EDITS = "/v1/images/edits"
 
@@ -80,3 +83,27 @@ def test_odd_fields_are_no_server_errors(
         refused(answer, 503, "no_worker", None)
     else:
         refused(answer, 400, "invalid_request", param)
+
+
+@pytest.mark.parametrize(
+    "charset", ["undefined", "idna", "punycode", "utf-7", "utf-16", "rot13", "hex", "none", "", "x" * 99]
+)
+def test_text_is_utf_8_or_the_form_is_refused(client: TestClient, engine: FakeEngine, charset: str) -> None:
+    answer = sent(client, WHOLE, f"multipart/form-data; boundary=b; charset={charset}")
+    message = refused(answer, 415, "wrong_media_type", "content-type")
+    assert "allowed: utf-8" in message and not engine.submitted
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "UTF-8", '"utf-8"', "us-ascii"])
+def test_utf_8_may_be_said(client: TestClient, engine: FakeEngine, charset: str) -> None:
+    engine.missing = ("denoise",)
+    refused(sent(client, WHOLE, f"multipart/form-data; boundary=b; charset={charset}"), 503, "no_worker", None)
+
+
+@pytest.mark.parametrize("value", [b"[" + b"[]," * 15_000 + b"1]", b"[" + b"1," * 100_001 + b"1]", b'{"a":' * 10_001])
+def test_a_value_of_too_many_values_is_refused(client: TestClient, engine: FakeEngine, value: bytes) -> None:
+    engine.missing = ("denoise",)
+    if len(value) > 90_000:
+        client = TestClient(create_app(engine, ServeSection(), version="1"), LOCAL)
+    message = refused(sent(client, part("extra[a]", value) + WHOLE), 400, "invalid_request", "extra[a]")
+    assert "at most 100000 commas" in message

@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from tests.server.fake import FakeEngine, File, Taken
+from tests.server.conftest import LOCAL
+from tests.server.fake import TOPOLOGY, FakeEngine, File, Taken
 from triptych.cluster import Estimate
 from triptych.cluster.jobs import Failure, StageRecord
 from triptych.config import ServeSection
@@ -404,3 +406,21 @@ def until(holds: Callable[[], Any]) -> None:
     while not holds():
         assert time.monotonic() < give_up
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/images/generations", "/generate", "/v1/tasks/image/", "/v1/videos"])
+@pytest.mark.parametrize("part", [b"[],", b"{},", b"1,", b"[", b'{"a":'])
+def test_json_of_too_many_values_is_refused_unread(path: str, part: bytes) -> None:
+    """What is read takes a hundred times the memory, and seconds in which nobody else is answered."""
+    engine = FakeEngine(topology=replace(TOPOLOGY, makes="video" if path == "/v1/videos" else "image"))
+    client = TestClient(create_app(engine, ServeSection(), version="1"), LOCAL)
+    body = b'{"prompt":"a","extra":[' + part * (2**24 // len(part)) + b"1]}"
+    began = time.monotonic()
+    answer = client.post(path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 422) and "at most 100000 commas" in answer.text
+    assert time.monotonic() - began < 2 and not engine.submitted
+
+
+def test_many_values_are_fine(client: TestClient, engine: FakeEngine) -> None:
+    answer = client.post("/v1/jobs", json={"prompt": "a, [b] {c}" * 100, "extra": {"numbers": [1] * 1000}})
+    assert answer.status_code in (202, 422) and "commas" not in answer.text

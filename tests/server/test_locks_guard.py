@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from fastapi import Body, FastAPI, Request
@@ -21,6 +24,7 @@ from triptych.server.locks import guard
 from triptych.server.locks.guard import Guard
 from triptych.server.locks.keys import ApiKey
 
+JSON = {"content-type": "application/json"}
 PAGE = "https://app.example.org"
 FILE = "file:" + "//"
 
@@ -265,6 +269,67 @@ def test_the_guard_stands_before_the_keys(engine: FakeEngine) -> None:
     client = TestClient(app, LOCAL)
     for headers, status in (({"host": "evil"}, 421), ({"origin": PAGE}, 403), ({}, 401)):
         assert client.get("/v1/cluster", headers=headers).status_code == status
+
+
+@pytest.mark.parametrize("name", ["if-none-match", "traceparent", "x-stainless-os", "x-stainless-retry-count"])
+def test_a_listed_page_may_send_any_header(engine: FakeEngine, name: str) -> None:
+    client = client_of(engine, origins=[PAGE])
+    asked = {"origin": PAGE, "access-control-request-method": "POST", "access-control-request-headers": name}
+    answer = client.options("/v1/jobs", headers=asked)
+    assert answer.status_code == 200 and name in answer.headers["access-control-allow-headers"].lower()
+
+
+def test_a_listed_page_sees_what_the_guard_refuses(engine: FakeEngine) -> None:
+    client = client_of(engine, origins=[PAGE], max_body=100)
+    large = client.post("/v1/jobs", content=b"x" * 101, headers={"origin": PAGE})
+    grown = client.post("/v1/jobs", content=iter([b"x" * 60] * 2), headers={"origin": PAGE, **JSON})
+    wrong = client.get("/health", headers={"origin": PAGE, "host": "evil.example"})
+    assert [answer.status_code for answer in (large, grown, wrong)] == [413, 413, 421]
+    for answer in (large, grown, wrong):
+        assert answer.headers["access-control-allow-origin"] == PAGE
+    for origin in ("https://evil.example", ""):
+        kept_out = client.post("/v1/jobs", content=b"x" * 101, headers={"origin": origin})
+        assert kept_out.status_code == 403 and "access-control-allow-origin" not in kept_out.headers
+    asked = {"origin": PAGE, "access-control-request-method": "POST", "host": "evil.example"}
+    assert client.options("/v1/jobs", headers=asked).status_code == 421
+
+
+def test_all_bodies_together_are_bounded(engine: FakeEngine) -> None:
+    """Parts count as they come, until the body has been used, or the request has failed."""
+    with running(create_app(engine, ServeSection(max_body=1000, max_bodies=2500), version="1")) as port:
+        head = b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += b"Content-Length: 1000\r\n\r\n"
+        lines = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(3)]
+        for line in lines:
+            line.sendall(head + b'{"prompt": "' + b"a" * 788)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            give_up = time.monotonic() + 10
+            while (answer := client.post("/v1/jobs", content=b" " * 200, headers=JSON)).status_code != 429:
+                assert time.monotonic() < give_up, "until the parts are there"
+            assert answer.json()["error"]["code"] == "queue_full" and answer.headers["retry-after"] == "1"
+            assert client.post("/v1/jobs", json={"prompt": "a cat"}).status_code == 202, "small ones fit beside them"
+            lines[0].sendall(b"a" * 98 + b'"}' + b" " * 100)
+            assert lines[0].recv(100).startswith(b"HTTP/1.1 429 "), "not even one that has begun"
+            lines[1].close()
+            while (answer := client.post("/v1/jobs", content=b" " * 800, headers=JSON)).status_code == 429:
+                assert time.monotonic() < give_up, "until it is known to have left"
+            assert answer.status_code == 422
+            for line in lines:
+                line.close()
+            for _ in range(10):  # nothing of what was refused, or has ended, is counted still
+                assert client.post("/v1/jobs", json={"prompt": "a" * 900}).status_code == 202
+
+
+def test_a_request_that_waits_for_its_job_keeps_no_room_for_its_body(engine: FakeEngine) -> None:
+    app, body = create_app(engine, ServeSection(max_body=1000, max_bodies=1000), version="1"), {"prompt": "a" * 900}
+    with running(app) as port, ThreadPoolExecutor(1) as other:
+        url = f"http://127.0.0.1:{port}/v1/jobs"
+        waiting = other.submit(httpx.post, url, json=body, headers={"Prefer": "wait=3"})
+        while not engine.submitted:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert httpx.post(url, json=body).status_code == 202 and not waiting.done()
+        assert waiting.result().status_code == 202
 
 
 class running:

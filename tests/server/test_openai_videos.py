@@ -177,9 +177,11 @@ def test_a_clips_file_has_ranges(client: TestClient, engine: FakeEngine, tmp_pat
 
 def test_deleting_forgets_and_cancels(client: TestClient, engine: FakeEngine) -> None:
     created(client)
+    following: Any = client.app
+    assert "job1" in following.state.front.follower._tracks
     answer = client.delete(f"{VIDEOS}/job1")
     assert answer.json() == {"id": "job1", "object": "video.deleted", "deleted": True}
-    assert not engine.views
+    assert not engine.views and not following.state.front.follower._tracks
     for call in (client.get, client.delete):
         refused(call(f"{VIDEOS}/job1"), 404, "job_not_found", "video_id")
     refused(client.get(f"{VIDEOS}/job1/content"), 404, "job_not_found", "video_id")

@@ -23,10 +23,11 @@ from tests.server.conftest import LOCAL
 from tests.server.fake import FakeEngine
 from triptych.config import ServeSection
 from triptych.decode import MAX_PIXELS
-from triptych.errors import InvalidRequest, MediaError
+from triptych.errors import InvalidRequest, MediaError, QueueFull
 from triptych.server import create_app
 from triptych.server.intake import pictures as intake
-from triptych.server.intake.pictures import Darkroom, pictures
+from triptych.server.intake.pictures import Darkroom, developed
+from triptych.server.locks.keys import Caller
 
 FILE = "file:" + "//"
 
@@ -277,6 +278,9 @@ def test_what_is_no_source_of_a_picture(client: TestClient, engine: FakeEngine, 
 # --- how many, and how much at once
 
 
+NOBODY = Caller("", admin=True)
+
+
 class Shared:
     """What pictures need of a Front."""
 
@@ -287,7 +291,11 @@ class Shared:
 
 
 def read(front: Any, *files: bytes) -> Any:
-    return asyncio.run(pictures(front, files, "images"))
+    async def reading() -> Any:
+        async with developed(front, NOBODY, files) as brought:
+            return brought["images"]
+
+    return asyncio.run(reading())
 
 
 def test_the_number_of_pictures_is_bounded() -> None:
@@ -324,10 +332,83 @@ def test_decoding_leaves_the_loop_alone_and_few_at_a_time(monkeypatch: pytest.Mo
     file = file_of(quarters())
 
     async def many() -> None:
-        await asyncio.gather(*(pictures(front, [file], "images") for _ in range(12)))
+        await asyncio.gather(*(one() for _ in range(12)))
+
+    async def one() -> None:
+        async with developed(front, NOBODY, [file]):
+            pass
 
     asyncio.run(many())
     assert most[0] == 4 and threading.current_thread() not in threads
+
+
+def test_there_is_room_for_all_pictures_of_a_request_until_its_job_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is decoded counts for as long as it is held, and headers are looked at before anything is."""
+    monkeypatch.setattr(intake, "_AT_LEAST", 1)
+    front: Any = Shared()
+    front.darkroom = Darkroom(400)  # quarters() has 128 pixels
+    held, most, file = [0], [0], file_of(quarters())
+
+    async def one(number: int) -> None:
+        async with developed(front, NOBODY, [file] * number, file) as brought:
+            assert len(brought["images"]) == number and brought["mask"].mode == "L"
+            held[0] += 128 * (number + 1)
+            most[0] = max(most[0], held[0])
+            await asyncio.sleep(0.02)
+            held[0] -= 128 * (number + 1)
+
+    async def many() -> None:
+        async with asyncio.timeout(10):
+            await asyncio.gather(*(one(number) for number in (1, 2, 0, 1, 2, 2, 0)))
+
+    asyncio.run(many())
+    assert most[0] == 384 and held[0] == 0
+
+
+def test_a_request_of_more_pixels_than_there_is_room_is_refused_before_any_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(intake, "MAX_PIXELS", 300)
+    monkeypatch.setattr(intake, "read_image", None)
+    file = file_of(quarters())
+    with pytest.raises(MediaError, match="at most 300 in all"):
+        read(Shared(), file, file, file)
+
+
+def test_a_request_without_pictures_waits_for_none() -> None:
+    async def scene() -> None:
+        front: Any = Shared()
+        async with front.darkroom.room(MAX_PIXELS), asyncio.timeout(1), developed(front, NOBODY, ()) as brought:
+            assert brought == {"images": ()}
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/images/edits", "/generate", "/v1/tasks/image/"])
+def test_every_route_lets_go_of_the_room_once_its_job_is_begun(path: str) -> None:
+    """Also where it waits for the pictures, and where the job was refused."""
+    engine = FakeEngine()
+    app = create_app(engine, ServeSection(), version="1")
+    room, free = app.state.front.darkroom, []
+    submit = engine.submit
+
+    def submitting(*arguments: Any, **options: Any) -> Any:
+        free.append(room._free)
+        engine.refuse = QueueFull("no")
+        return submit(*arguments, **options)
+
+    engine.submit = submitting
+    url = f"data:image/png;base64,{base64.b64encode(file_of(quarters())).decode()}"
+    bodies: dict[str, Any] = {
+        "/v1/jobs": {"json": {"prompt": "a", "images": [url]}},
+        "/v1/images/edits": {"data": {"prompt": "a"}, "files": {"image": file_of(quarters())}},
+        "/generate": {"json": {"prompt": "a", "image_urls": [url]}},
+        "/v1/tasks/image/": {"json": {"prompt": "a", "image_path": url}},
+    }
+    with TestClient(app, LOCAL) as client:
+        assert client.post(path, **bodies[path]).status_code == 429
+    assert free == [MAX_PIXELS - MAX_PIXELS // 4], "held while the job is begun"
+    assert room._free == MAX_PIXELS
 
 
 def test_the_darkroom_holds_only_so_many_pixels() -> None:

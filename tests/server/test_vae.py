@@ -19,6 +19,7 @@ from PIL import Image
 
 from tests.server.conftest import LOCAL
 from tests.server.fake import TOPOLOGY, FakeEngine, File
+from tests.server.test_jobs import until
 from triptych.cluster.jobs import Failure
 from triptych.config import BoundsSection, ServeSection
 from triptych.messages import Encoding
@@ -256,6 +257,51 @@ def test_a_call_that_fails_says_why(client: TestClient, engine: FakeEngine, code
     assert (answer.status_code, answer.json()["error"]) == (
         status, {"code": code, "message": "it is so", "field": "body"},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("ends", ["made", "failed", "expired"])
+def test_nothing_is_kept_of_a_call(client: TestClient, engine: FakeEngine, tmp_path: Path, ends: str) -> None:
+    path = tmp_path / "0.safetensors"
+    path.write_bytes(safetensors([1 << 20], "BF16", bytes(1 << 21)))
+    engine.vae_made = File(path, media_type="application/x-safetensors")
+    if ends == "failed":
+        engine.vae_made = Failure(stage="decode", worker="w", code="stage_failed", message="it is so")
+    elif ends == "expired":
+        path.unlink()
+    answer = decode(client, output_type="pt")
+    assert answer.status_code == {"made": 200, "failed": 500, "expired": 410}[ends]
+    app: Any = client.app
+    until(lambda: not engine.views and not engine.files)
+    assert not app.state.front.follower._tracks
+
+
+def test_nothing_is_kept_for_a_client_that_hangs_up(engine: FakeEngine) -> None:
+    engine.vae_made = None
+    app, begun = create_app(engine, ServeSection(), version="1"), asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        if not begun.is_set():
+            begun.set()
+            return {"type": "http.request", "body": BYTES}
+        while not engine.views:
+            await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        pass
+
+    async def hang_up() -> None:
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+            "path": "/v1/vae/decode", "raw_path": b"/v1/vae/decode", "root_path": "",
+            "query_string": b"shape=1&shape=4&shape=4&shape=4&dtype=float32",
+            "headers": [(b"host", b"localhost"), (b"content-type", b"tensor/binary")],
+            "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
+        }  # fmt: skip
+        await asyncio.wait_for(app(scope, receive, send), 10)
+
+    asyncio.run(hang_up())
+    until(lambda: bool(engine.vae_calls) and not engine.views)
 
 
 def test_the_page_of_the_api_shows_both_calls(client: TestClient) -> None:

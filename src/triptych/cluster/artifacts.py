@@ -33,7 +33,8 @@ class ArtifactFolder:
     underscores; others raise InvalidRequest. What is not there raises KeyError, a store that fails OSError.
 
     Of a URL, `spool` is a private local folder for what was written and read last (None: a temporary one), so that
-    nobody waits for the store twice; deletions are carried out in the background, and again until the store takes them.
+    nobody waits for the store twice; deletions are carried out in the background, and again until the store takes them,
+    if need be by whoever opens it with the same spool next.
     `own`: what others have written below the URL is not looked at, and `close` deletes what was written by this one.
     """
 
@@ -41,7 +42,7 @@ class ArtifactFolder:
         self._lock = threading.Lock()
         self._sizes: dict[str, dict[str, int]] = {}
         self._own = own
-        self._place: Place = _place(root, spool, self._has)
+        self._place: Place = _place(root, spool, self._has, own)
         if not own:
             self._sizes = self._place.sizes()
 
@@ -73,7 +74,13 @@ class ArtifactFolder:
     def view(self, job: str, name: str) -> memoryview:
         """A blob, read-only; mapped, so that of a local file nothing is read before it is used."""
         with self._found(job, name):
+            with contextlib.suppress(FileNotFoundError):  # of a URL, a copy may go before it is opened
+                return _mapped(self._place.path(job, name, self.size(job, name)))
             return _mapped(self._place.path(job, name, self.size(job, name)))
+
+    def is_near(self, job: str, name: str) -> bool:
+        """Whether a blob, if there is one, can be read now without asking a store behind a URL."""
+        return not self._has(job, name) or self._place.is_near(job, name)
 
     def path(self, job: str, name: str) -> Path:
         """The blob's file; of a blob behind a URL a copy, which stays for a while."""
@@ -137,6 +144,7 @@ class Place(Protocol):
 
     def sizes(self) -> dict[str, dict[str, int]]: ...
     def write(self, job: str, name: str, parts: Iterable[Blob], note: Callable[[int], None], later: bool) -> int: ...
+    def is_near(self, job: str, name: str) -> bool: ...
     def path(self, job: str, name: str, size: int) -> Path: ...
     def delete(self, job: str, names: list[str], whole: bool) -> None: ...
     def close(self) -> None: ...
@@ -181,6 +189,9 @@ class _Local:
                 return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
         raise FileNotFoundError(f"{path.parent} is removed again and again")
 
+    def is_near(self, job: str, name: str) -> bool:
+        return True
+
     def path(self, job: str, name: str, size: int) -> Path:
         return self._root / job / name
 
@@ -205,7 +216,7 @@ def _mapped(path: Path) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _place(root: str | Path, spool: Path | None, wanted: Callable[[str, str], bool]) -> Place:
+def _place(root: str | Path, spool: Path | None, wanted: Callable[[str, str], bool], own: bool) -> Place:
     scheme, separator, rest = str(root).partition("://")
     if isinstance(root, Path) or not separator:
         return _Local(Path(root).absolute())
@@ -213,7 +224,7 @@ def _place(root: str | Path, spool: Path | None, wanted: Callable[[str, str], bo
         return _Local(Path(unquote(rest)))
     from triptych.cluster.object_store import ObjectStore  # fsspec is slow to import, and needed only there
 
-    return ObjectStore(str(root), spool, wanted)
+    return ObjectStore(str(root), spool, wanted, journal=not own)
 
 
 def _check(*names: str) -> None:

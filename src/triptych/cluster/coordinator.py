@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from threading import Condition, RLock
 
+import msgspec
+
 from triptych.cluster.delivery import Delivery, Watcher
 from triptych.cluster.effects import Effects, outcome_of
 from triptych.cluster.estimate import Estimate
 from triptych.cluster.flushing import Flushing, FlushReport
 from triptych.cluster.jobs import (
+    Failure,
     JobRecord,
     JobSpec,
     JobState,
@@ -22,6 +25,7 @@ from triptych.cluster.jobs import (
     Keeper,
     Kept,
     Link,
+    Outcome,
 )
 from triptych.cluster.limits import Limits
 from triptych.cluster.live import Live, snapshot
@@ -58,6 +62,7 @@ __all__ = ["Coordinator"]
 
 logger = logging.getLogger(__name__)
 
+OfTask = Stepped | Checkpointed | TaskDone | Failed
 EXPIRE_EVERY = 10.0
 """Seconds between two looks for jobs that may be forgotten."""
 
@@ -133,6 +138,17 @@ class Coordinator:
         with self._turn():
             return self._scheduler.cancel(job)
 
+    def give_up(self, reason: str, *, keep: bool) -> None:
+        """Nobody is left to do the work, and nobody will come: whoever watches a job hears that it failed with code
+        no_worker. With `keep` the jobs themselves stay as they are, to go on after a restart."""
+        with self._turn():
+            if not keep:
+                self._scheduler.give_up(reason)
+                return
+            told = Outcome(state="failed", failures=(Failure(stage=None, worker="", code="no_worker", message=reason),))
+            for job in self._scheduler.jobs:
+                self._delivery.put(job, told)
+
     def job(self, job: str) -> JobRecord | None:
         """A job as it is now, or None if it is unknown or has expired."""
         with self._lock:
@@ -165,8 +181,8 @@ class Coordinator:
         """Forgets a job and what is kept for it, cancelling it first if it has not ended. False if it is unknown."""
         self.cancel(job)
         with self._turn():
-            known = self._effects.unsaved.pop(job, None) is not None
-            if self._store.remove(job) or known:
+            removed = self._store.remove(job)  # first: it may raise
+            if self._effects.unsaved.pop(job, None) is not None or removed:
                 self._keeper.drop(job)
                 return True
             return False
@@ -231,6 +247,9 @@ class Coordinator:
         with self._turn():
             if self._closed or incarnation not in self._effects.links:
                 return
+            if isinstance(message, OfTask) and (live := self._scheduler.jobs.get(message.job)):
+                # What speaks of a former job of this id gives no attempt that there is.
+                message = msgspec.structs.replace(message, attempt=message.attempt - live.record.mark)
             match message:
                 case Stepped():
                     self._stepped(incarnation, message)
@@ -320,9 +339,9 @@ class Coordinator:
             return len(records)
 
     def missing(self, *, ready: bool = True) -> tuple[StageName, ...]:
-        """Stages that no worker has loaded; without `ready`: that no worker has at all."""
-        with self._lock:
-            return self._scheduler.missing(ready=ready)
+        """Stages that no worker has loaded; without `ready`: that no worker has at all. Takes no lock, so
+        that whoever asks after our health waits for no disk."""
+        return self._scheduler.missing(ready=ready)
 
     def require(self, stages: Iterable[StageName], timeout: float) -> tuple[StageName, ...]:
         """Waits at most `timeout` seconds until each of the stages has a worker that has loaded; returns those that
@@ -379,6 +398,8 @@ class Coordinator:
                 if isinstance(outcome, Kept):
                     self._observers.kept(job, what, outcome, self._clock())
                 self._scheduler.kept(job, what, number, outcome)
+                if what == "input" and self.job(job) is None:  # forgotten meanwhile
+                    self._keeper.drop(job, what)
 
     def _newer(self, job: str) -> JobRecord | None:
         """What is known of a job beyond what the store has of it."""

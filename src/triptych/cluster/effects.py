@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -25,7 +27,7 @@ from triptych.cluster.actions import (
     WriteTask,
 )
 from triptych.cluster.delivery import Delivery
-from triptych.cluster.jobs import ENDED, JobRecord, JobStore, Keeper, Kept, Link, Outcome, StageSpec
+from triptych.cluster.jobs import ENDED, JobRecord, JobStore, Keeper, Kept, Link, NotNear, Outcome, StageSpec
 from triptych.cluster.live import Live
 from triptych.cluster.observers import Observers
 from triptych.cluster.scheduler import Scheduler
@@ -142,20 +144,30 @@ class Effects:
 
     def _run(self, action: Assign) -> None:
         live = self._scheduler.jobs.get(action.job)
-        if live is None or live.worker is None or live.worker.id != action.worker:
-            return
+        if live is None or live.worker is None or live.worker.id != action.worker or action.worker not in self.links:
+            return  # or the coordinator has closed while something was brought here
         record = live.record
         if record.attempts[record.stage] != action.attempt:
             return
-        task = self._task(live)
+        try:
+            task = self._task(live)
+        except NotNear as error:  # nobody waits for a store under the lock
+            error.coming.add_done_callback(partial(self._again, action))
+            return
         if task is None:
             return
         self.send(action.worker, Run(task=task))
         name = live.worker.hello.name
         self._observers.assigned(record.spec, task.stage, action.attempt, name, action.waited, self._clock())
 
+    def _again(self, action: Assign, coming: Future[Any]) -> None:
+        """Called from the keeper's threads: whatever is said to the coordinator has it perform what is to do."""
+        self._to_do.append(action)
+        self._answer(action.job, "", 0, NotNear(coming))
+
     def _task(self, live: Live) -> Task | None:
-        """The task with tickets for all that it needs; None if the keeper has lost what it cannot do without."""
+        """The task with tickets for all that it needs; None if the keeper has lost what it cannot do without. Raises
+        NotNear."""
         record = live.record
         spec, part = record.spec, record.spec.stages[record.stage]
         pictures = checkpoint = None
@@ -175,6 +187,8 @@ class Effects:
     def _offer(self, live: Live, what: str, name: str) -> Ticket | None:
         try:
             return ticket_for(*self._keeper.offer(name))
+        except NotNear:
+            raise
         except KeyError:
             reason = "no longer kept"
         except Exception as error:
@@ -274,7 +288,7 @@ def _unticketed(record: JobRecord, part: StageSpec, checkpoint_seconds: float | 
     return Task(
         job=spec.id,
         stage=part.stage,
-        attempt=record.attempts[record.stage],
+        attempt=record.mark + record.attempts[record.stage],
         fields=part.fields,
         seed=spec.seed,
         guidance_scale=spec.guidance_scale,

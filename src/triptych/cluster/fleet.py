@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from triptych.cluster.jobs import JobSpec
 from triptych.cluster.limits import Limits
 from triptych.cluster.live import Live, Member
 from triptych.messages import Hello
-from triptych.request import StageName
+from triptych.request import StageName, VaeTask
 
 __all__ = ["Fleet", "StageTally"]
 
@@ -18,11 +20,13 @@ NEWER = 0.1
 NEWER_SHARE = 0.3
 """The same for what estimates are made of: the first ones include warming up."""
 RATE_SECONDS = 60.0
+OCTAVES = 64
+"""Sizes, each twice the one before, that are measured apart."""
 
 
 @dataclass(slots=True)
 class Measure:
-    """What a unit of a stage took on one kind of device, in seconds for a job of work 1."""
+    """What a unit of jobs of about one size took, in seconds for a job of work 1."""
 
     unit_seconds: float = 0.0
     largest: float = 0.0
@@ -39,6 +43,36 @@ class Measure:
         """Seconds of a unit of such a job. Attention grows with the square, so a job larger than any that was
         measured is expected to take that."""
         return self.unit_seconds * work * max(1.0, work / self.largest)
+
+
+Key = tuple[StageName, str, VaeTask | None]
+"""A stage, a kind of device, and the call if it is one of the VAE by itself."""
+
+
+class Measures:
+    """What units took: by size, since only between sizes that are close seconds grow as the work does."""
+
+    def __init__(self, newer: float) -> None:
+        self._newer = newer
+        self._found: dict[Key, dict[int, Measure]] = {}
+
+    def add(self, key: Key, seconds: float, work: float) -> None:
+        """One unit of a job of that work took so long."""
+        sizes = self._found.setdefault(key, {})
+        sizes.setdefault(_octave(work), Measure(newer=self._newer)).add(seconds, work)
+
+    def expected(self, key: Key, work: float) -> float | None:
+        """Seconds of a unit of such a job, by the nearest size that was measured; None while none was."""
+        sizes = self._found.get(key)
+        if sizes is None:
+            return None
+        octave = _octave(work)
+        return sizes[min(sizes, key=lambda size: (abs(size - octave), -size))].expected(work)
+
+    def longest(self, stage: StageName, kind: str) -> float | None:
+        """Seconds of a unit of the largest job measured there, whatever it was."""
+        found = [sizes[max(sizes)] for key, sizes in self._found.items() if key[:2] == (stage, kind)]
+        return max((one.expected(one.largest) for one in found), default=None)
 
 
 @dataclass(slots=True)
@@ -83,8 +117,8 @@ class Fleet:
         self._members: dict[str, Member] = {}
         self._owners: dict[str, Member] = {}
         self._stages: dict[StageName, list[Member]] = {}
-        self._measures: dict[tuple[StageName, str], Measure] = {}
-        self._paces: dict[tuple[StageName, str], Measure] = {}
+        self._measures = Measures(NEWER)
+        self._paces = Measures(NEWER_SHARE)
         self._count = 0
 
     def __iter__(self) -> Iterator[Member]:
@@ -104,7 +138,7 @@ class Fleet:
         member = Member(hello, self._count, now, moved=now)
         self._members[hello.incarnation] = self._owners[hello.owner] = member
         for stage in hello.stages:
-            self._stages.setdefault(stage, []).append(member)
+            self._stages[stage] = [*self.with_stage(stage), member]  # a new list: others read without the lock
         return member
 
     def remove(self, member: Member) -> None:
@@ -113,7 +147,7 @@ class Fleet:
         if self._owners.get(member.hello.owner) is member:
             del self._owners[member.hello.owner]
         for stage in member.hello.stages:
-            self._stages[stage].remove(member)
+            self._stages[stage] = [other for other in self.with_stage(stage) if other is not member]
 
     def predecessors(self, hello: Hello) -> list[Member]:
         """Workers that cannot be there any more if this one is: with the same exchange, or in the same slot."""
@@ -154,26 +188,26 @@ class Fleet:
         able = [member for member in members if member.has_room(stage) and not member.taken]
         return min(able, key=lambda member: _fitness(member, stage, at), default=None)
 
-    def measure(self, member: Member, stage: StageName, seconds: float, work: float) -> None:
+    def measure(self, member: Member, stage: StageName, seconds: float, spec: JobSpec) -> None:
         """A unit took so long."""
-        self._measures.setdefault((stage, _kind(member)), Measure()).add(seconds, work)
+        self._measures.add((stage, _kind(member), spec.bare), seconds, spec.work)
 
-    def pace(self, member: Member, stage: StageName, share: float, work: float) -> None:
+    def pace(self, member: Member, stage: StageName, share: float, spec: JobSpec) -> None:
         """A unit took so many seconds of its worker, what that did beside it not counted."""
-        fresh = Measure(newer=NEWER_SHARE)
-        self._paces.setdefault((stage, _kind(member)), fresh).add(share, _size(stage, work))
+        self._paces.add((stage, _kind(member), spec.bare), share, _size(stage, spec))
 
-    def unit_share(self, member: Member, stage: StageName, work: float) -> float | None:
+    def unit_share(self, member: Member, stage: StageName, spec: JobSpec) -> float | None:
         """What a unit of such a job is expected to take of a worker; None while none was measured."""
-        measure = self._paces.get((stage, _kind(member)))
-        return None if measure is None else measure.expected(_size(stage, work))
+        return self._paces.expected((stage, _kind(member), spec.bare), _size(stage, spec))
 
-    def unit_limit(self, member: Member, stage: StageName, work: float | None) -> float:
-        """Seconds after which a unit is hung; `work` None: as large as the largest measured."""
-        measure = self._measures.get((stage, _kind(member)))
-        if measure is None:
+    def unit_limit(self, member: Member, stage: StageName, spec: JobSpec | None) -> float:
+        """Seconds after which a unit is hung; `spec` None: of a job as large as the largest measured."""
+        if spec is None:
+            expected = self._measures.longest(stage, _kind(member))
+        else:
+            expected = self._measures.expected((stage, _kind(member), spec.bare), spec.work)
+        if expected is None:
             return max(self._limits.first_unit_seconds, self._limits.hung_floor_seconds)
-        expected = measure.expected(measure.largest if work is None else work)
         return max(self._limits.hung_floor_seconds, self._limits.hung_factor * expected)
 
     def is_hung(self, member: Member) -> str | None:
@@ -182,7 +216,7 @@ class Fleet:
         if busy is None or member.loading:
             return None
         live = member.running.get(busy.job)
-        limit = self.unit_limit(member, busy.stage, live.record.spec.work if live else None)
+        limit = self.unit_limit(member, busy.stage, live.record.spec if live else None)
         if busy.seconds <= limit:
             return None
         return f"a unit of {busy.stage} has run for {busy.seconds:.1f} s; allowed: {limit:.1f} s"
@@ -215,9 +249,13 @@ def _fitness(member: Member, stage: StageName, at: str | None) -> tuple[float, b
     return member.fullness(stage), member.hello.owner != at, len(member.running), member.order
 
 
-def _size(stage: StageName, work: float) -> float:
+def _size(stage: StageName, spec: JobSpec) -> float:
     """Encoding a prompt takes the same whatever the picture's size."""
-    return 1.0 if stage == "encode" else work
+    return 1.0 if stage == "encode" and spec.bare is None else spec.work
+
+
+def _octave(work: float) -> int:
+    return min(max(round(math.log2(work)), 0), OCTAVES - 1)
 
 
 def _kind(member: Member) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -20,6 +21,7 @@ __all__ = [
     "Keeper",
     "Kept",
     "Link",
+    "NotNear",
     "Outcome",
     "StageRecord",
     "StageSpec",
@@ -128,6 +130,8 @@ class JobRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     """index of the stage that it waits for or runs in; the number of stages when only its result is to be kept"""
     attempts: list[int] = []
     """by stage: how often it was handed out"""
+    mark: int = 0
+    """what workers count its attempts from: no other job of its id, before or after it, has the same"""
     inputs: list[Descriptor | None] = []
     """by stage: the kept output of the stage before; one more, for the last one's output"""
     checkpoint: Kept | None = None
@@ -183,6 +187,14 @@ class JobStore(Protocol):
         ...
 
 
+class NotNear(Exception):
+    """What is asked of a keeper is on its way here; `coming` ends when it is worth asking again."""
+
+    def __init__(self, coming: Future[Any]) -> None:
+        super().__init__("it is on its way here")
+        self.coming = coming
+
+
 class Keeper(Protocol):
     """Keeps payloads on the coordinator's side: results, checkpoints, the request's pictures. Fetching happens on its
     own threads; `done` is called from there (or at once) with what was kept or why it could not be."""
@@ -193,7 +205,8 @@ class Keeper(Protocol):
         ...
 
     def offer(self, kept: str) -> tuple[Descriptor, bytes]:
-        """What was kept, for a worker to fetch, and the secret for its ticket. Raises KeyError if it is gone."""
+        """What was kept, for a worker to fetch, and the secret for its ticket. Raises KeyError if it is gone, NotNear
+        if it has to be brought here first."""
         ...
 
     def drop(self, job: str, what: str | None = None) -> None:

@@ -78,6 +78,10 @@ class Ledger:
         """Whether the keeper is at it."""
         return (job, what) in self._pending
 
+    def concerns(self, job: str) -> bool:
+        """Whether the keeper is at anything of a job's."""
+        return any(one == job for one, _ in self._pending)
+
     def fetched(self, job: str, what: str, number: int) -> Pending | None:
         """The keeper has answered; None if nobody asked, or it answered already."""
         pending = self._pending.get((job, what))

@@ -1,4 +1,4 @@
-"""Who is next at a stage: priority, then deadline, then whose client had least, then age."""
+"""Who is next at a stage: the client that had least, and of its jobs priority, then deadline, then age."""
 
 from __future__ import annotations
 
@@ -68,15 +68,20 @@ class StageQueue:
         """The jobs as they would go; valid until the next change."""
         if len(self._clients) == 1:
             return iter(next(iter(self._clients.values())))
-        return heapq.merge(*self._clients.values(), key=self._turn)
+        # Age, not priority, between clients that had the same: who asks for much priority would else be first for ever.
+        turns = (self._turns(client, jobs) for client, jobs in self._clients.items())
+        return (live for _, _, live in heapq.merge(*turns))
 
     def position(self, live: Live) -> int:
         """How many go before it."""
         return next(place for place, other in enumerate(self.ordered()) if other is live)
 
-    def _turn(self, live: Live) -> tuple[int, float, float, int]:
-        priority, deadline, order = live.rank
-        return priority, deadline, self._shares.served(live.client), order
+    def _turns(self, client: str, jobs: list[Live]) -> Iterator[tuple[float, int, Live]]:
+        """A client's jobs, each with what the client will have been given when its turn comes."""
+        served = self._shares.served(client)
+        for live in jobs:
+            yield served, live.order, live
+            served += live.record.spec.work / len(live.stages)
 
 
 def _rank(live: Live) -> tuple[int, float, int]:

@@ -24,6 +24,8 @@ FEW_JOBS = 32
 """While there are no more than these, it is made anew for every job that comes."""
 UNKNOWN_ROOM_SECONDS = 5.0
 """After which to try again at a full queue, while nothing was measured."""
+MARKS = 1 << 20
+"""How far the marks of two jobs are apart at least: more than the attempts that a job has."""
 
 
 class Scheduler(Setbacks):
@@ -35,6 +37,7 @@ class Scheduler(Setbacks):
     ) -> None:
         super().__init__(stages, limits, clock, wall)
         self._map = b""
+        self._mark = 0
         self._ticked = clock()
         self._forecast: dict[str, Estimate] = {}
         self._forecast_at = -math.inf
@@ -51,6 +54,8 @@ class Scheduler(Setbacks):
         """The record of a new job, not yet entered. Raises InvalidRequest, QueueFull or NoWorker."""
         if spec.id in self.jobs:
             raise InvalidRequest.of("id", spec.id, "an id that no other job has")
+        if self._ledger.concerns(spec.id):  # its answers, and what it keeps, tell jobs apart by their ids alone
+            raise QueueFull("a job of this id was just forgotten and is still being tidied up; try again shortly")
         if not spec.stages or any(part.stage not in self._queues for part in spec.stages):
             raise InvalidRequest.of("stages", [part.stage for part in spec.stages], self.stages)
         try:
@@ -58,8 +63,11 @@ class Scheduler(Setbacks):
         except (QueueFull, NoWorker):
             self.counts.rejected += 1
             raise
-        slots = len(spec.stages)
-        return JobRecord(spec=spec, submitted=self._wall(), attempts=[0] * slots, inputs=[None] * (slots + 1))
+        slots, now = len(spec.stages), self._wall()
+        self._mark = max(self._mark + MARKS, int(now * 1000) * MARKS)  # later than any before a restart, too
+        return JobRecord(
+            spec=spec, submitted=now, attempts=[0] * slots, mark=self._mark, inputs=[None] * (slots + 1)
+        )  # fmt: skip
 
     def enter(self, record: JobRecord) -> None:
         """An admitted job is in the store; it waits from now on."""
@@ -89,6 +97,11 @@ class Scheduler(Setbacks):
         self._end(live, "cancelled")
         self._assign()
         return True
+
+    def give_up(self, reason: str) -> None:
+        """Nobody is left to do the work, and nobody will come: every job fails."""
+        for live in list(self.jobs.values()):
+            self._fail(live, "no_worker", reason)
 
     # Workers come and go.
 
@@ -181,9 +194,9 @@ class Scheduler(Setbacks):
         live.unit_end = message.seconds
         live.worker.loading = False
         live.unit_seconds, live.unit = seconds, (message.step, message.steps)
-        self.fleet.measure(live.worker, message.stage, seconds, live.record.spec.work)
+        self.fleet.measure(live.worker, message.stage, seconds, live.record.spec)
         share = live.worker.share(self._clock())
-        self.fleet.pace(live.worker, message.stage, share - live.unit_share, live.record.spec.work)
+        self.fleet.pace(live.worker, message.stage, share - live.unit_share, live.record.spec)
         live.unit_share = share
         self.tallies[message.stage].unit(seconds)
         place = (live.record.stage, message.step)
@@ -407,7 +420,7 @@ class Scheduler(Setbacks):
     def _seconds(self, member: Member, live: Live, index: int) -> float:
         """What a stage of a job still takes of that worker."""
         part, tally = live.stages[index], self.tallies[live.stages[index].stage]
-        unit = self.fleet.unit_share(member, part.stage, live.record.spec.work)
+        unit = self.fleet.unit_share(member, part.stage, live.record.spec)
         if unit is None:
             return math.inf
         units = float(part.fields.get("num_inference_steps") or 1) if part.stage == "denoise" else tally.units

@@ -155,7 +155,7 @@ class Setbacks(Board):
     def _fail(self, live: Live, code: str, message: str, worker: str = "") -> None:
         """Ends a job with this as the decisive reason."""
         self._note(live, Failure(stage=live.stage, worker=worker, code=code, message=message))
-        self._finish_failed(live, keep_task=code not in ("deadline", "time_limit"))
+        self._finish_failed(live, keep_task=code not in ("deadline", "time_limit", "no_worker"))
 
     def _finish_failed(self, live: Live, *, keep_task: bool) -> None:
         """Ends a job with the reasons collected; the failed task and its input are kept for whoever looks into it."""

@@ -73,8 +73,10 @@ class ServeSection(Section):
     """the port to answer on; 0: any free one"""
     max_body: Size = Field(default=64 * MIB, ge=1)
     """bytes of a request's body"""
+    max_bodies: Size = Field(default=512 * MIB, ge=1)
+    """bytes of all requests' bodies at a time, at least `max_body`; more are answered with 429"""
     max_connections: Whole = Field(default=1024, ge=1)
-    """clients that are connected at a time; more are answered with 503"""
+    """requests that are answered at a time; more are refused with 503"""
     api_keys: Path | None = None
     """file with the API keys, made by `triptych keys api`; null: whoever reaches the server may use it"""
     api_keys_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")

@@ -189,15 +189,19 @@ class Engine:
     ) -> str:  # fmt: skip
         """A new job's id; `spec_of` is given that and the keeper's name for its pictures, `listener` its Progress and
         then what `finish` makes of it, or the error."""
-        job = id or uuid.uuid4().hex
+        job, taken = id or uuid.uuid4().hex, False
         try:
             kept = None if pictures is None else self._keeper.put(job, "pictures", pictures).name
             spec = spec_of(job, kept)
             self._coordinator.submit(spec, self._teller(spec, finish, listener))
+            taken = True
             self._require_crew()
         except BaseException:
             self._listeners.pop(job, None)
-            self._coordinator.cancel(job)
+            if taken:  # nothing may answer for it when its client asks again
+                self._coordinator.forget(job)
+            else:
+                self._coordinator.cancel(job)
             self._keeper.drop(job)
             raise
         return job
@@ -236,16 +240,13 @@ class Engine:
         if self._closed:
             return  # it was told to end, and whoever waits is told so
         self._broken = reason
-        for job in list(self._listeners):
-            self._tell_end(job, NoWorker(reason))
-            if not self._parts.durable:
-                self._coordinator.cancel(job)
+        self._coordinator.give_up(reason, keep=self._parts.durable)
 
     def _teller(
         self, spec: JobSpec, finish: Finish, listener: Callable[[Any], None]
     ) -> Callable[[Stepped | Outcome], None]:
         def tell(event: Stepped | Outcome) -> None:
-            if spec.id not in self._listeners:
+            if self._listeners.get(spec.id) is not listener:  # or it is another job's of that id by now
                 return
             if isinstance(event, Stepped):
                 self._steps[spec.id] = event

@@ -7,14 +7,14 @@ import functools
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import torch
 
-from triptych.cluster import Kept
+from triptych.cluster import Kept, NotNear
 from triptych.engine.jobs import ResultFile
 from triptych.errors import StorageFailed, TriptychError
 from triptych.messages import MEDIA_TYPES, Descriptor, ticket_for
@@ -31,6 +31,8 @@ FETCHERS = 2
 SUFFIXES = {kind: suffix for suffix, kind in MEDIA_TYPES.items()}
 NAMES = {"input": "failed.payload"}
 """What the cluster calls a failed stage's input is a replay's payload."""
+BESIDE = ("pictures", "checkpoint")
+"""What else of a failed job a replay needs."""
 Done = Callable[[Kept | Exception], None]
 
 
@@ -39,6 +41,10 @@ class Shelf(Protocol):
 
     def is_memory(self, name: str) -> bool:
         """Whether putting a payload of that name takes but a moment."""
+        ...
+
+    def is_near(self, job: str, name: str) -> bool:
+        """Whether getting it, if it is there, takes but a moment."""
         ...
 
     def put(self, job: str, name: str, payload: Payload) -> int:
@@ -69,6 +75,10 @@ class Memory:
         self._kept: dict[str, dict[str, Payload]] = {}
 
     def is_memory(self, name: str) -> bool:
+        """All is."""
+        return True
+
+    def is_near(self, job: str, name: str) -> bool:
         """All is."""
         return True
 
@@ -111,6 +121,10 @@ class Folder:
         """A result is that its caller takes at once."""
         return name == "result" and not self._lasting
 
+    def is_near(self, job: str, name: str) -> bool:
+        """Whether its file is on this host."""
+        return self.artifacts.is_near(job, NAMES.get(name, name))
+
     def put(self, job: str, name: str, payload: Payload) -> int:
         """Writes the payload's files, or the payload."""
         files = payload.values.get("files")
@@ -139,10 +153,17 @@ class Folder:
 
     def keep_failed(self, job: str, task: bytes) -> None:
         """Writes `failed.task`, and copies of what else a replay needs."""
-        self.artifacts.write_soon(job, "failed.task", task)
-        for name in ("pictures", "checkpoint"):
-            with contextlib.suppress(KeyError):
-                self.artifacts.write_soon(job, f"failed.{name}", self.artifacts.view(job, name))
+        self._keep_beside(job, "task", lambda: task)
+        for name in BESIDE:
+            self._keep_beside(job, name, functools.partial(self.artifacts.view, job, name))
+
+    def _keep_beside(self, job: str, name: str, blob: Callable[[], bytes | memoryview]) -> None:
+        try:
+            self.artifacts.write_soon(job, f"failed.{name}", blob())
+        except KeyError:
+            pass
+        except OSError as error:
+            logger.warning("the %s of failed job %s cannot be kept for a replay: %s", name, job, error)
 
     def _path(self, job: str, name: str) -> Path:
         try:
@@ -182,6 +203,9 @@ class PayloadKeeper:
         self._exchange = exchange
         self._shelf = shelf
         self._offered: dict[str, Descriptor] = {}
+        self._coming: dict[str, Future[Payload]] = {}
+        self._put_off: dict[str, list[str | None]] = {}
+        """what is to be dropped of failed jobs once their tasks are kept"""
         self._lock = threading.Lock()
         self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="triptych-keeper")
 
@@ -230,33 +254,68 @@ class PayloadKeeper:
         done(kept)
 
     def offer(self, kept: str) -> tuple[Descriptor, bytes]:
-        """What was kept, published for a worker to fetch. Raises KeyError if it is gone, or can no longer be read."""
+        """What was kept, published for a worker to fetch. Raises KeyError if it is gone, or can no longer be read, and
+        NotNear while it is being brought here."""
         with self._lock:
             if kept not in self._offered:
-                job, _, what = kept.partition("/")
                 try:
-                    self._offered[kept] = self._exchange.publish(self._shelf.get(job, what))
+                    self._offered[kept] = self._exchange.publish(self._here(kept))
+                except NotNear:
+                    raise
                 except Exception as error:  # whatever it is: a task that is not sent would never end
                     logger.warning("%s cannot be offered: %s: %s", kept, type(error).__name__, error)
                     raise KeyError(kept) from error
             return self._offered[kept], self._exchange.secret
 
+    def _here(self, kept: str) -> Payload:
+        job, _, what = kept.partition("/")
+        coming = self._coming.get(kept)
+        if coming is None:
+            if self._shelf.is_near(job, what):
+                return self._shelf.get(job, what)
+            coming = self._coming[kept] = self._fetchers.submit(self._shelf.get, job, what)
+        if not coming.done():
+            raise NotNear(coming)
+        return self._coming.pop(kept).result()
+
     def _withdraw(self, kept: str) -> None:
         with self._lock:
+            self._coming.pop(kept, None)
             descriptor = self._offered.pop(kept, None)
         if descriptor is not None:
             self._exchange.release(descriptor.payload)
 
     def drop(self, job: str, what: str | None = None) -> None:
         """Forgets what was kept for a job: all of it, or `what`."""
-        names = [f"{job}/{what}"] if what else [name for name in list(self._offered) if name.startswith(f"{job}/")]
+        with self._lock:
+            known = [name for name in (*self._offered, *self._coming) if name.startswith(f"{job}/")]
+            names = [f"{job}/{what}"] if what else known
+            if later := job in self._put_off:
+                self._put_off[job].append(what)
         for name in names:
             self._withdraw(name)
-        self._shelf.drop(job, what)
+        if not later:
+            self._shelf.drop(job, what)
 
     def keep_failed(self, job: str, task: bytes) -> None:
-        """Keeps a failed task for a replay, where there is a folder for it."""
-        self._shelf.keep_failed(job, task)
+        """Keeps a failed task for a replay, where there is a folder for it. What has to be brought here for that is
+        on threads of the keeper's own, and dropped only afterwards."""
+        if all(self._shelf.is_near(job, name) for name in BESIDE):
+            self._shelf.keep_failed(job, task)
+            return
+        self._put_off[job] = []
+        try:
+            kept = self._fetchers.submit(self._shelf.keep_failed, job, task)
+        except RuntimeError:  # closing
+            self._drop_put_off(job)
+        else:
+            kept.add_done_callback(lambda _: self._drop_put_off(job))
+
+    def _drop_put_off(self, job: str) -> None:
+        with self._lock:
+            put_off = dict.fromkeys(self._put_off.pop(job, ()))
+        for what in put_off:
+            self._shelf.drop(job, what)
 
     def files(self, job: str) -> list[ResultFile]:
         """A finished job's result as files; none if it has none, or they have expired."""

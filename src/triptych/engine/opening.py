@@ -162,7 +162,7 @@ def _open_alone(opening: Opening, layout: Layout, stack: contextlib.ExitStack) -
     stack.callback(exchange.close)
     folder = None if opening.state is None else _folder(opening.state, stack)
     store = _store(folder, stack)
-    keeper = _keeper(folder, exchange, stack, opening)
+    keeper = _keeper(_artifacts(folder, opening, stack), exchange, stack, opening)
     coordinator = Coordinator(
         opened.stages,
         store=store,
@@ -187,6 +187,7 @@ def _open_processes(opening: Opening, layout: Layout, stack: contextlib.ExitStac
     sockets = _sockets(folder, stack)
     # From here on the folder is nobody else's, and so are the workers of which it tells.
     store = _store(folder if opening.state is not None else None, stack)
+    artifacts = _artifacts(folder, opening, stack)  # before the workers, who do not wait for long once they look for us
     socket = f"ipc://{sockets / CONTROL}"
 
     def workers(stages: Sequence[StageName]) -> Early:
@@ -203,7 +204,7 @@ def _open_processes(opening: Opening, layout: Layout, stack: contextlib.ExitStac
 
     exchange = Exchange(TransferSettings(**layout.transfer.given()), folder=sockets / "keeper")
     stack.callback(exchange.close)
-    keeper = _keeper(folder, exchange, stack, opening)
+    keeper = _keeper(artifacts, exchange, stack, opening)
     topology = None if early is None else early.topology()
     if topology is None:
         from triptych.model import describe
@@ -317,11 +318,12 @@ def _store(folder: Path | None, stack: contextlib.ExitStack) -> JobStore:
     return store
 
 
-def _keeper(folder: Path | None, exchange: Exchange, stack: contextlib.ExitStack, opening: Opening) -> PayloadKeeper:
+def _keeper(
+    artifacts: ArtifactFolder | None, exchange: Exchange, stack: contextlib.ExitStack, opening: Opening
+) -> PayloadKeeper:
     from triptych.engine.keeper import Folder, Memory, PayloadKeeper
 
     lasting = opening.state is not None
-    artifacts = _artifacts(folder, opening, stack)
     keeper = PayloadKeeper(exchange, Memory() if artifacts is None else Folder(artifacts, lasting=lasting))
     stack.callback(keeper.close)
     return keeper

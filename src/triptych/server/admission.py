@@ -14,14 +14,13 @@ from starlette.concurrency import run_in_threadpool
 from triptych.errors import InvalidRequest, NoWorker
 from triptych.request import Request
 from triptych.server.door import JobView
-from triptych.server.errors import Conflict, Draining, JobNotFound
+from triptych.server.errors import ClientClosedRequest, Conflict, Draining, JobNotFound
+from triptych.server.failures import UNDER_WAY, check_done
 from triptych.server.front import Front
 from triptych.server.locks.bounds import check_bounds
 from triptych.server.locks.keys import Caller
 
-__all__ = ["Wanted", "begin", "begin_by", "begin_or_replay", "cancelled_if_left", "finish", "view_of"]
-
-UNDER_WAY = ("queued", "running")
+__all__ = ["Wanted", "begin", "begin_by", "begin_or_replay", "finish", "made_before", "view_of", "while_connected"]
 
 
 @dataclass(frozen=True)
@@ -53,22 +52,23 @@ def _begin_or_replay(front: Front, caller: Caller, wanted: Wanted) -> tuple[str,
     if wanted.key is None:
         return _begin(front, caller, wanted), False
     name, digest = wanted.key
-    job = front.door.id_of(caller.name, name)
-    if _is_there(front, job, digest):
-        return job, True
     try:
-        return _begin(front, caller, wanted, id=job, digest=digest), False
+        return _begin(front, caller, wanted, id=front.door.id_of(caller.name, name), digest=digest), False
     except InvalidRequest:
-        if _is_there(front, job, digest):  # the same came twice at once, and this one second
+        if job := made_before(front, caller, wanted.key):  # the same came twice at once, and this one second
             return job, True
         raise
 
 
-def _is_there(front: Front, job: str, digest: str) -> bool:
+def made_before(front: Front, caller: Caller, key: tuple[str, str]) -> str | None:
+    """The job that was taken before by the same key for the same, if there is one. Blocks; raises Conflict for the same
+    key with something else."""
+    name, digest = key
+    job = front.door.id_of(caller.name, name)
     view = front.door.view(job)
     if view is not None and view.record.spec.digest != digest:
         raise Conflict("it was given before, with another body", field="idempotency-key")
-    return view is not None
+    return None if view is None else job
 
 
 def _begin(front: Front, caller: Caller, wanted: Wanted, **named: str) -> str:
@@ -101,7 +101,7 @@ def begin_by(front: Front, caller: Caller, submit: Callable[[], str], stages: Co
         raise NoWorker(f"no worker is ready for {', '.join(missing)}")
     with front.rates.taking(caller.name, lambda: door.under_way(caller.name)):
         job = caller.visit.job = submit()
-    front.follower.begin(job)
+    front.follower.begin(job, anew=True)
     return job
 
 
@@ -116,17 +116,20 @@ def view_of(front: Front, caller: Caller, job: str) -> JobView:
 
 
 async def finish(front: Front, caller: Caller, job: str, http: HttpRequest, seconds: float | None = None) -> JobView:
-    """Waits until a job has ended, at most so long, and returns it as it is then. A client that hangs up meanwhile
-    cancels it."""
-    async with cancelled_if_left(front, job, http):
-        await front.follower.ended(job, seconds)
-    return view_of(front, caller, job)
+    """Waits until a job is done, and returns it; after `seconds` as it is then, under way. A client that hangs up
+    meanwhile cancels it. Raises what a job has failed with, like `check_done`."""
+    async with while_connected(front, job, http):
+        ended = await front.follower.ended(job, seconds)
+    view = await run_in_threadpool(view_of, front, caller, job)
+    if ended or view.record.state not in UNDER_WAY:
+        check_done(view)
+    return view
 
 
 @contextlib.asynccontextmanager
-async def cancelled_if_left(front: Front, job: str, http: HttpRequest) -> AsyncIterator[None]:
-    """Cancels the job if its client hangs up, or the block fails, before the block's end. The request's body must have
-    been read."""
+async def while_connected(front: Front, job: str, http: HttpRequest, *, cancels: bool = True) -> AsyncIterator[None]:
+    """Ends the block when the client hangs up, with ClientClosedRequest. That, or the block's failure, cancels the job
+    if it `cancels`. The request's body must have been read."""
     waiting = asyncio.current_task()
     assert waiting is not None
     left = False
@@ -142,10 +145,11 @@ async def cancelled_if_left(front: Front, job: str, http: HttpRequest) -> AsyncI
     try:
         yield
     except BaseException:
-        front.door.cancel(job)
+        if cancels:
+            front.cancel(job)
         if left:
             waiting.uncancel()
-            raise InvalidRequest("the client hung up, and the job was cancelled", field="body") from None
+            raise ClientClosedRequest("the client hung up, and no longer waits for its job") from None
         raise
     finally:
         watching.cancel()

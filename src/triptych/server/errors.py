@@ -21,6 +21,7 @@ __all__ = [
     "STATUSES",
     "BodyTooLarge",
     "BodyTooSlow",
+    "ClientClosedRequest",
     "Conflict",
     "Draining",
     "Forbidden",
@@ -30,6 +31,7 @@ __all__ = [
     "ResultGone",
     "ResultNotFound",
     "TimedOut",
+    "TooManyConnections",
     "UploadNotFound",
     "WrongHost",
     "WrongMediaType",
@@ -77,6 +79,12 @@ class BodyTooSlow(TriptychError):
     """The body has not come to its end in time."""
 
     code = "body_too_slow"
+
+
+class ClientClosedRequest(TriptychError):
+    """The client hung up before the answer; nobody is told but the log and the counters."""
+
+    code = "client_closed_request"
 
 
 class WrongMediaType(TriptychError):
@@ -127,6 +135,12 @@ class TimedOut(TriptychError):
     code = "timed_out"
 
 
+class TooManyConnections(TriptychError):
+    """More requests are under way than the deployment answers at a time."""
+
+    code = "too_many_connections"
+
+
 class Draining(TriptychError):
     """The server is about to stop and takes no more jobs."""
 
@@ -153,11 +167,13 @@ STATUSES: Mapping[str, int] = {
     "body_too_large": 413,
     "wrong_media_type": 415,
     "wrong_host": 421,
+    "client_closed_request": 499,
     "queue_full": 429,
     "not_enough_memory": 429,
     "no_worker": 503,
     "storage_failed": 503,
     "draining": 503,
+    "too_many_connections": 503,
     "deadline": 504,
     "time_limit": 504,
     "timed_out": 504,

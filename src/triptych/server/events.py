@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from triptych.server.front import Front
     from triptych.server.locks.keys import Caller
 
-__all__ = ["EVENTS", "job_events"]
+__all__ = ["ALIVE", "EVENTS", "KEEP_ALIVE", "EventStream", "event", "job_events"]
 
 KEEP_ALIVE = 15.0
 """Seconds of silence after which a comment tells whoever is between that the connection is alive."""
+ALIVE = b": alive\n\n"
+"""That comment."""
 LOOK = 1.0
 """Seconds between two looks at a job that waits."""
 AGAIN = 5.0
@@ -48,13 +50,25 @@ EVENTS: dict[str, Any] = {
 """A stream on the OpenAPI page."""
 
 
+class EventStream(StreamingResponse):
+    """Server-sent events, which nobody on the way may keep."""
+
+    def __init__(self, events: AsyncIterator[bytes]) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+
+
+def event(name: str, data: dict[str, Any], number: int | None = None) -> bytes:
+    """One of them; `number` is its id."""
+    head = b"" if not number else b"id: %d\n" % number
+    return b"%sevent: %s\ndata: %s\n\n" % (head, name.encode(), msgspec.json.encode(data))
+
+
 def job_events(front: Front, caller: Caller, job: str, after: int) -> StreamingResponse:
     """What happens to a job after happening `after`, to its end: `job` (the job as it stands, first), `queued` while it
     waits, `progress`, and finally `done`, `failed` or `cancelled` (the job as it ended). One who reads slowly is told
     what there is then; nothing waits for that."""
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    events = _Told(front, caller, job).events(after)
-    return StreamingResponse(events, headers=headers, media_type="text/event-stream")
+    return EventStream(_Told(front, caller, job).events(after))
 
 
 class _Told:
@@ -112,7 +126,7 @@ class _Told:
         if now - self._said < KEEP_ALIVE:
             return None
         self._said = now
-        return b": alive\n\n"
+        return ALIVE
 
     async def _progress(self, happening: Happening) -> bytes:
         now = time.monotonic()
@@ -132,8 +146,7 @@ class _Told:
 
     def _event(self, name: str, data: dict[str, Any], number: int | None = None) -> bytes:
         self._said = time.monotonic()
-        head = b"" if not number else b"id: %d\n" % number
-        return b"%sevent: %s\ndata: %s\n\n" % (head, name.encode(), msgspec.json.encode(data))
+        return event(name, data, number)
 
 
 def _data_url(preview: Picture) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from triptych.errors import Cancelled, TriptychError
+from triptych.errors import Cancelled, NoWorker, TriptychError
 from triptych.server.door import JobView
 
 if TYPE_CHECKING:
     from triptych.cluster import Failure
 
-__all__ = ["JobFailed", "check_done"]
+__all__ = ["UNDER_WAY", "JobFailed", "check_done"]
+
+UNDER_WAY = ("queued", "running")
+"""The states of a job that has not ended."""
 
 
 class JobFailed(TriptychError):
@@ -25,9 +28,12 @@ class JobFailed(TriptychError):
 
 
 def check_done(view: JobView) -> None:
-    """Raises Cancelled or JobFailed for a job that has ended without a result."""
+    """Raises Cancelled or JobFailed for a job that has ended without a result, NoWorker for one that has been given
+    up, though it has not ended: there is nobody left to do it before the server is started again."""
     record = view.record
     if record.state == "cancelled":
         raise Cancelled("the job was cancelled")
     if record.state == "failed":
         raise JobFailed(record.failures[-1]) if record.failures else TriptychError("the job failed")
+    if record.state in UNDER_WAY:
+        raise NoWorker("no worker is left; the job goes on when the server has been started again")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import mimetypes
-from typing import Annotated
+import os
+from io import BytesIO
+from typing import Annotated, BinaryIO
 
 from fastapi import Header, Response
 from fastapi.responses import FileResponse
+from starlette.types import Message, Receive, Scope, Send
 
 from triptych.messages import MEDIA_TYPES
 from triptych.server.door import Door, JobView, ResultFile
 from triptych.server.errors import NotDone, ResultGone, ResultNotFound
 
-__all__ = ["SUFFIXES", "KnownTags", "bytes_of", "files_of", "result_response"]
+__all__ = ["SUFFIXES", "KnownTags", "bytes_of", "files_of", "opened", "result_response"]
 
 KnownTags = Annotated[
     str | None, Header(alias="If-None-Match", description="the ETag of what the client has", max_length=4096)
@@ -50,14 +53,40 @@ def result_response(door: Door, view: JobView, number: int, known: str | None = 
 
 def bytes_of(file: ResultFile) -> bytes:
     """What a result holds. Raises ResultGone once it has expired."""
+    with opened(file) as found:
+        return found.read()
+
+
+def opened(file: ResultFile) -> BinaryIO:
+    """A result to read from; once it is open, it cannot expire. Raises ResultGone if it has before."""
     if file.data is not None:
-        return file.data
+        return BytesIO(file.data)
     try:
         path = file.path
         assert path is not None, "a result is a file or bytes"
-        return path.read_bytes()
+        return path.open("rb")
     except (FileNotFoundError, KeyError):
         raise ResultGone("the result has expired") from None
+
+
+class _Sent(FileResponse):
+    """A file. As long as it is not open, nothing is said, since it may expire; it is 410 then."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head: list[Message] = []
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                head.append(message)
+                return
+            if head:
+                await send(head.pop())
+            await send(message)
+
+        try:
+            await super().__call__(scope, receive, sending)
+        except FileNotFoundError:
+            raise ResultGone("the result has expired") from None
 
 
 def _response(file: ResultFile, name: str, headers: dict[str, str]) -> Response:
@@ -66,10 +95,6 @@ def _response(file: ResultFile, name: str, headers: dict[str, str]) -> Response:
     headers["X-Content-Type-Options"] = "nosniff"
     if file.data is not None:
         return Response(file.data, headers=headers, media_type=file.media_type)
-    try:
-        path = file.path
-    except KeyError:
-        path = None
-    if path is None or not path.is_file():
-        raise ResultGone("the result has expired")
-    return FileResponse(path, headers=headers, media_type=file.media_type)
+    with opened(file) as found:
+        size_and_age = os.fstat(found.fileno())
+    return _Sent(found.name, headers=headers, media_type=file.media_type, stat_result=size_and_age)

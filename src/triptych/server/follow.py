@@ -10,7 +10,11 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from starlette.concurrency import run_in_threadpool
+
+from triptych.errors import InvalidRequest
 from triptych.messages import Picture, Stepped
+from triptych.server.errors import JobNotFound
 
 if TYPE_CHECKING:
     from triptych.cluster import Outcome
@@ -104,17 +108,21 @@ class Follower:
         self._tracks: OrderedDict[str, _Track] = OrderedDict()
         self._lock = threading.Lock()
 
-    def begin(self, job: str) -> None:
-        """Follows a job from now on; one that is followed already is left alone. Raises InvalidRequest for a job that
-        the engine does not know."""
+    def begin(self, job: str, anew: bool = False) -> None:
+        """Follows a job from now on; one that is followed already is left alone, but `anew` what is known of an ended
+        one is forgotten: it was of a former job of that id. May wait for the engine. Raises
+        JobNotFound for a job that the engine does not know."""
         with self._lock:
-            if job in self._tracks:
+            known = self._tracks.get(job)
+            if known is not None and not (anew and known.ended):
                 return
             track = self._tracks[job] = _Track()
         try:
             track.unwatch = self._watch(job, track.hear)
-        except BaseException:
+        except BaseException as error:
             self.forget(job)
+            if isinstance(error, InvalidRequest):
+                raise JobNotFound("no such job, or it has expired", field="job") from None
             raise
         self._trim()
 
@@ -133,6 +141,11 @@ class Follower:
             track.ended = True
             track.ring()
 
+    async def _track(self, job: str) -> _Track | None:
+        if job not in self._tracks:
+            await run_in_threadpool(self.begin, job)
+        return self._tracks.get(job)
+
     def _trim(self) -> None:
         with self._lock:
             ended = [job for job, track in self._tracks.items() if track.ended and not track.bells]
@@ -143,9 +156,8 @@ class Follower:
         self, job: str, after: int = 0, seconds: float | None = None
     ) -> AsyncGenerator[Happening | None]:
         """What has happened since happening `after` and what happens then, until the job's end; None whenever nothing
-        happened for `seconds`."""
-        self.begin(job)
-        track = self._tracks.get(job)
+        happened for `seconds`. Raises like `begin`."""
+        track = await self._track(job)
         if track is None:
             return
         with _listening(track, every=True) as bell:
@@ -166,8 +178,7 @@ class Follower:
 
     async def ended(self, job: str, seconds: float | None = None) -> bool:
         """Waits until a job has ended, at most so long; whether it has. Raises like `begin`."""
-        self.begin(job)
-        track = self._tracks.get(job)
+        track = await self._track(job)
         if track is None:
             return True
         with _listening(track, every=False) as bell:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any, TypeVar
 
+import anyio
+import anyio.to_thread
 from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
@@ -20,6 +25,10 @@ from triptych.server.seeing.visits import visit_of
 from triptych.server.uploads import Uploads
 
 __all__ = ["Admin", "Front", "FrontOf", "Who"]
+
+T = TypeVar("T")
+MAX_SLOW = 16
+"""Threads for what may take long; the others stay free for what does not."""
 
 
 @dataclass(eq=False)
@@ -39,6 +48,26 @@ class Front:
     uploads: Uploads = field(default_factory=Uploads)
     draining: bool = False
     """about to stop: what runs ends well, and nothing new is taken"""
+    _slow: anyio.CapacityLimiter = field(default_factory=partial(anyio.CapacityLimiter, MAX_SLOW))
+    _ending: set[asyncio.Future[bool]] = field(default_factory=set)
+
+    async def slowly(self, function: Callable[..., T], *args: Any) -> T:
+        """Calls what may wait for a disk, another machine or a worker, on a thread of the few that are for that."""
+        return await anyio.to_thread.run_sync(partial(function, *args), limiter=self._slow)
+
+    def cancel(self, job: str) -> None:
+        """Ends a job soon, which nobody waits for: it writes to the disk, and a task that is cancelled may not wait."""
+        self._soon(self.door.cancel, job)
+
+    def forget(self, job: str) -> None:
+        """Forgets a job soon, which nobody will ask for again."""
+        self.follower.forget(job)
+        self._soon(self.door.forget, job)
+
+    def _soon(self, function: Callable[[str], bool], job: str) -> None:
+        ending = asyncio.get_running_loop().run_in_executor(None, function, job)
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
 
 
 async def front_of(request: Request) -> Front:

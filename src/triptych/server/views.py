@@ -12,10 +12,23 @@ from triptych.server.door import Door, JobView
 if TYPE_CHECKING:
     from triptych.cluster import Failure, JobRecord
 
-__all__ = ["FILE_RESPONSES", "SSE_EVENT", "ErrorBody", "Health", "JobList", "JobObject", "job_object", "wrong"]
+__all__ = [
+    "A_FILE",
+    "FILE_RESPONSES",
+    "SSE_EVENT",
+    "ErrorBody",
+    "Health",
+    "JobList",
+    "JobObject",
+    "job_object",
+    "wrong",
+]
+
+A_FILE = "(a file's bytes)"
+"""What stands for a file among the OpenAPI page's examples."""
 
 FILE_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}},
+    200: {"content": {kind: {"example": A_FILE} for kind in MEDIA_TYPES.values()}},
     206: {},
     304: {},
     400: {"description": "A Range that is none", "content": {"text/plain": {}}},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -13,15 +14,21 @@ from starlette.requests import ClientDisconnect
 from triptych.errors import InvalidRequest
 from triptych.request import Request
 from triptych.server.admission import Wanted
-from triptych.server.errors import BodyTooLarge, WrongMediaType
+from triptych.server.errors import ClientClosedRequest, WrongMediaType
 from triptych.server.front import Front
-from triptych.server.intake.pictures import mask, pictures
+from triptych.server.intake.pictures import developed
+from triptych.server.locks.guard import announced_size, check_size
+from triptych.server.locks.keys import Caller
 
-__all__ = ["JOB_BODY", "bounded", "checked", "first_wrong", "read_body", "take_job"]
+__all__ = ["JOB_BODY", "bounded", "check_simple", "checked", "first_wrong", "job_of", "read_body"]
 
 MAX_IMAGES = 16
 MAX_PRIORITY = 100
 MAX_DEADLINE = 7 * 24 * 3600.0
+
+MAX_COMMAS = 100_000
+MAX_BRACKETS = 10_000
+"""Of JSON, text in it included: a value that holds others takes a hundred times the bytes that it came as."""
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -70,33 +77,26 @@ async def read_body(request: HttpRequest, limit: int) -> bytes:
 
 async def bounded(request: HttpRequest, limit: int) -> AsyncGenerator[bytes, None]:
     """A request's body as it comes. Raises BodyTooLarge as soon as more than `limit` bytes are announced or have
-    come, InvalidRequest if the client hangs up before its end."""
-    announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced[:20]) > limit:
-        raise _too_large(limit)
+    come, ClientClosedRequest if the client hangs up before its end."""
+    check_size(announced_size(request.headers), limit)
     size = 0
     try:
         async for part in request.stream():
             size += len(part)
-            if size > limit:
-                raise _too_large(limit)
+            check_size(size, limit)
             yield part
     except ClientDisconnect:
-        raise InvalidRequest("it ended early: the client hung up", field="body") from None
+        raise ClientClosedRequest("it ended early: the client hung up", field="body") from None
 
 
-def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"given more than that; allowed: at most {limit} bytes", field="body")
-
-
-async def take_job(front: Front, data: bytes) -> Wanted:
-    """A job from its JSON. Raises InvalidRequest naming the first field that is wrong, MediaError for a picture."""
+@contextlib.asynccontextmanager
+async def job_of(front: Front, caller: Caller, data: bytes) -> AsyncIterator[Wanted]:
+    """A block that begins the job of a JSON. Raises InvalidRequest naming the first field that is wrong, MediaError
+    for a picture."""
     fields = _fields(data)
     given = {name: value for name, value in fields.items() if name not in _JOB_ONLY}
-    given["images"] = await pictures(front, given.pop("images", ()), "images")
-    if (painted := given.pop("mask", None)) is not None:
-        given["mask"] = await mask(front, painted, "mask")
-    return Wanted(Request.parse(**given), **{name: fields[name] for name in _JOB_ONLY})
+    async with developed(front, caller, given.pop("images", ()), given.pop("mask", None)) as brought:
+        yield Wanted(Request.parse(**given, **brought), **{name: fields[name] for name in _JOB_ONLY})
 
 
 def _fields(data: bytes) -> dict[str, Any]:
@@ -107,6 +107,7 @@ def _fields(data: bytes) -> dict[str, Any]:
 
 def checked(model: type[Body], data: bytes) -> Body:
     """A body's JSON as its model. Raises InvalidRequest naming the first field that is wrong."""
+    check_simple(data, "body")
     try:
         # Stricter than pydantic's own: no NaN, no half of a surrogate pair, no number that is none when written back.
         msgspec.json.decode(data)
@@ -116,6 +117,13 @@ def checked(model: type[Body], data: bytes) -> Body:
         return model.model_validate_json(data)
     except ValidationError as error:
         raise first_wrong(error, model) from None
+
+
+def check_simple(data: bytes, field: str) -> None:
+    """Raises InvalidRequest for JSON of so many values that it would hold up everybody else."""
+    if data.count(b",") > MAX_COMMAS or data.count(b"[") + data.count(b"{") > MAX_BRACKETS:
+        allowed = f"at most {MAX_COMMAS} commas, and {MAX_BRACKETS} opening brackets"
+        raise InvalidRequest(f"given JSON of more values than that; allowed: {allowed}", field=field)
 
 
 def first_wrong(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:

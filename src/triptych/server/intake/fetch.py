@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import re
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
@@ -25,6 +26,8 @@ Connect = Callable[[str, int, ssl.SSLContext | None, str], Awaitable[tuple[async
 
 MAX_FETCHES = 16
 """At once; others wait for their turn."""
+MAX_OWN_FETCHES = 4
+"""At once for one API key."""
 MAX_URL = 2048
 MAX_ADDRESSES = 4
 """Of one host that are tried."""
@@ -91,29 +94,39 @@ class Fetcher:
         self._resolve = resolve or _resolve
         self._connect = connect or _connect
         self._turns = asyncio.Semaphore(MAX_FETCHES)
+        self._own_turns: dict[str, asyncio.Semaphore] = {}  # of callers, which are the deployment's keys: only so many
         self._context = ssl.create_default_context() if settings.allow else None
 
-    async def fetch(self, url: str, field: str) -> bytes:
-        """A picture's bytes. Raises InvalidRequest naming `field` for a URL that may not be fetched, MediaError for one
-        that cannot be, QueueFull while too many others are."""
+    async def fetch(self, url: str, field: str, caller: str = "") -> bytes:
+        """A picture's bytes. `caller`: name of the API key, if any. Raises InvalidRequest naming `field` for a URL that
+        may not be fetched, MediaError for one that cannot be, QueueFull while too many others are."""
         if not self._settings.allow:
             raise InvalidRequest.of(field, url[:80], "no URL: this deployment fetches none; send data:image/…;base64,…")
         target = self._target(url, field)
         seconds = self._settings.seconds
-        try:
-            async with asyncio.timeout(seconds):
-                await self._turns.acquire()
-        except TimeoutError:
-            raise QueueFull(f"{MAX_FETCHES} other pictures are being fetched", field=field) from None
-        try:
-            async with asyncio.timeout(seconds):
-                return await self._follow(target, field)
-        except TimeoutError:
-            raise _failed(field, url, f"it took longer than {seconds:g} s") from None
-        except (OSError, h11.RemoteProtocolError) as error:  # OSError: ssl's errors too
-            raise _failed(field, url, f"its host does not answer as it should ({type(error).__name__})") from None
-        finally:
-            self._turns.release()
+        async with self._turn(caller, field):
+            try:
+                async with asyncio.timeout(seconds):
+                    return await self._follow(target, field)
+            except TimeoutError:
+                raise _failed(field, url, f"it took longer than {seconds:g} s") from None
+            except (OSError, h11.RemoteProtocolError) as error:  # OSError: ssl's errors too
+                raise _failed(field, url, f"its host does not answer as it should ({type(error).__name__})") from None
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, caller: str, field: str) -> AsyncIterator[None]:
+        """A block that is one of the few that fetch."""
+        async with contextlib.AsyncExitStack() as turns:
+            try:
+                async with asyncio.timeout(self._settings.seconds):
+                    if caller:  # its own first: whoever waits for that takes nobody else's place
+                        own = self._own_turns.setdefault(caller, asyncio.Semaphore(MAX_OWN_FETCHES))
+                        await turns.enter_async_context(own)
+                    await turns.enter_async_context(self._turns)
+            except TimeoutError:
+                most = f"{MAX_FETCHES}, and {MAX_OWN_FETCHES} of one API key,"
+                raise QueueFull(f"other pictures are being fetched; {most} are at once", field=field) from None
+            yield
 
     async def _follow(self, target: _Target, field: str) -> bytes:
         for _ in range(self._settings.max_redirects + 1):

@@ -10,12 +10,13 @@ import msgspec
 from fastapi import Request as HttpRequest
 from pydantic import ValidationError
 from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from triptych.errors import InvalidRequest
 from triptych.server.errors import WrongMediaType
-from triptych.server.intake.bodies import Body, bounded, first_wrong
+from triptych.server.intake.bodies import Body, bounded, check_simple, first_wrong
 
 __all__ = ["FORM", "Form", "form_fields", "media_type", "read_form"]
 
@@ -27,6 +28,8 @@ MAX_FILES = 32
 Form = dict[str, list[str | bytes]]
 """Each name with all that was given under it, in order; what came as a file is bytes. Names of files are not kept."""
 
+_CHARSETS = ("utf-8", "utf8", "us-ascii")
+"""Python knows many more, some of which fail at whatever they read."""
 _INNER = re.compile(r"([^\[\]]{1,64})\[([^\[\]]{1,64})\]")
 
 
@@ -57,6 +60,9 @@ async def read_form(request: HttpRequest, limit: int) -> Form:
     or have come, InvalidRequest for a form that is damaged, breaks off, or has too many parts."""
     if media_type(request) != FORM:
         raise WrongMediaType(f"given {media_type(request)[:80]!r}; allowed: {FORM}", field="content-type")
+    charset = _charset(request)
+    if charset not in _CHARSETS:
+        raise WrongMediaType(f"given charset {charset[:80]!r}; allowed: utf-8, or none", field="content-type")
     parser = _Parser(request.headers, bounded(request, limit), limit)
     try:
         parts = await parser.parse()
@@ -73,6 +79,12 @@ async def read_form(request: HttpRequest, limit: int) -> Form:
     return form
 
 
+def _charset(request: HttpRequest) -> str:
+    """What the body's text is said to be written in."""
+    given = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8")
+    return given.decode("latin-1").strip().lower()
+
+
 def form_fields(model: type[Body], form: Form, lists: tuple[str, ...] = ()) -> Body:
     """A form's text as a body's model: `name[]`, a name given again, and one of `lists` make a list, `name[key]` a part
     of an object. Raises InvalidRequest naming the first field that is wrong, or was given as a file."""
@@ -84,7 +96,7 @@ def form_fields(model: type[Body], form: Form, lists: tuple[str, ...] = ()) -> B
         inner = _INNER.fullmatch(name)
         field = inner[1] if inner else name.removesuffix("[]")
         if inner and isinstance(fields.setdefault(field, {}), dict) and inner[2] not in fields[field]:
-            fields[field][inner[2]] = _value(texts[0])
+            fields[field][inner[2]] = _value(texts[0], name)
         elif inner or field in fields:
             raise InvalidRequest.of(field, "more than once", "once")
         else:
@@ -96,9 +108,11 @@ def form_fields(model: type[Body], form: Form, lists: tuple[str, ...] = ()) -> B
         raise first_wrong(error, model) from None
 
 
-def _value(text: str) -> Any:
+def _value(text: str, field: str) -> Any:
     """A value inside an object, of which no model says what it is: JSON if it is any."""
+    data = text.encode()
+    check_simple(data, field)
     try:
-        return msgspec.json.decode(text.encode())
+        return msgspec.json.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError):
         return text

@@ -7,11 +7,10 @@ import base64
 import binascii
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
 from triptych.decode import MAX_PIXELS, count_pixels, read_image, read_mask
@@ -19,19 +18,20 @@ from triptych.errors import InvalidRequest, MediaError
 
 if TYPE_CHECKING:
     from triptych.server.front import Front
+    from triptych.server.locks.keys import Caller
 
-__all__ = ["Darkroom", "Source", "mask", "pictures"]
+__all__ = ["Darkroom", "Source", "developed"]
 
 Source = str | bytes
 """A data URL, an http(s) URL where the deployment fetches those, or a file's bytes."""
 
 _AT_LEAST = MAX_PIXELS // 4
-"""Pixels that a picture counts for at least, so that no more than four are decoded at once."""
+"""Pixels that a request's pictures count for at least, so that those of no more than four are held at once."""
 _ALLOWED = "a picture as data:image/…;base64,…, or as a URL where the deployment allows that"
 
 
 class Darkroom:
-    """Room for so many pixels to be decoded at once in this process; whoever finds none waits in line."""
+    """Room for so many decoded pixels at once in this process; whoever finds none waits in line."""
 
     def __init__(self, pixels: int = MAX_PIXELS) -> None:
         self._free = self._all = pixels
@@ -39,7 +39,7 @@ class Darkroom:
 
     @contextlib.asynccontextmanager
     async def room(self, pixels: int) -> AsyncIterator[None]:
-        """A block that holds a picture of so many pixels, larger ones alone."""
+        """A block that holds pictures of so many pixels, larger ones alone."""
         wanted = min(pixels, self._all)
         turn = asyncio.get_running_loop().create_future()
         self._line.append((wanted, turn))
@@ -66,33 +66,45 @@ class Darkroom:
                 turn.set_result(None)
 
 
-async def pictures(front: Front, sources: Sequence[Source], field: str) -> tuple[Image.Image, ...]:
-    """Upright 8-bit RGB pictures. Raises InvalidRequest or MediaError naming `field[index]`."""
+@contextlib.asynccontextmanager
+async def developed(
+    front: Front, caller: Caller, images: Sequence[Source], mask: Source | None = None, *, field: str = "images",
+    mask_field: str = "mask", holes: bool = False,
+) -> AsyncIterator[dict[str, Any]]:  # fmt: skip
+    """A block that has a request's pictures as its `images`, upright and 8-bit RGB, and `mask`, 8-bit grey (`holes`:
+    see `read_mask`). There is room for all of them before the first one is decoded, and until the block ends: it
+    begins the job, and nothing of them may be kept behind it. Raises InvalidRequest or MediaError naming
+    `field[index]` or `mask_field`."""
     most = front.settings.bounds.images
-    if len(sources) > most:
-        raise InvalidRequest.of(field, f"{len(sources)} pictures", f"at most {most} here")
-    left = MAX_PIXELS
-    found = []
-    for index, source in enumerate(sources):
-        picture = await _read(front, source, f"{field}[{index}]", read_image, left)
-        left -= picture.width * picture.height
-        found.append(picture)
-    return tuple(found)
+    if len(images) > most:
+        raise InvalidRequest.of(field, f"{len(images)} pictures", f"at most {most} here")
+    wanted = [(source, f"{field}[{index}]", read_image) for index, source in enumerate(images)]
+    if mask is not None:
+        wanted.append((mask, mask_field, partial(read_mask, holes=holes)))
+    if not wanted:
+        yield {"images": ()}
+        return
+    files, left = [], MAX_PIXELS
+    for source, name, read in wanted:
+        data, pixels = await _looked_at(front, caller, source, name)
+        if pixels > left:
+            if pixels > MAX_PIXELS:
+                await run_in_threadpool(read, data, field=name)  # which refuses it
+            raise MediaError(f"given {pixels} pixels more; allowed: at most {MAX_PIXELS} in all pictures", field=name)
+        left -= pixels
+        files.append((data, name, read))
+    async with front.darkroom.room(max(MAX_PIXELS - left, _AT_LEAST)):
+        found = [await run_in_threadpool(read, data, field=name) for data, name, read in files]
+        brought: dict[str, Any] = {"images": tuple(found[: len(images)])}
+        if mask is not None:
+            brought["mask"] = found[-1]
+        yield brought
 
 
-async def mask(front: Front, source: Source, field: str, *, holes: bool = False) -> Image.Image:
-    """An 8-bit grey mask; `holes`: see `read_mask`. Raises InvalidRequest or MediaError naming `field`."""
-    return await _read(front, source, field, partial(read_mask, holes=holes), MAX_PIXELS)
-
-
-async def _read(front: Front, source: Source, field: str, read: Callable[..., Image.Image], left: int) -> Image.Image:
+async def _looked_at(front: Front, caller: Caller, source: Source, field: str) -> tuple[bytes, int]:
     if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
-        source = await front.fetcher.fetch(source, field)
-    data, pixels = await run_in_threadpool(_look, source, field)
-    if left < pixels <= MAX_PIXELS:  # a single one of more is refused when it is read
-        raise MediaError(f"given {pixels} pixels more; allowed: at most {MAX_PIXELS} in all pictures", field=field)
-    async with front.darkroom.room(max(pixels, _AT_LEAST)):
-        return await run_in_threadpool(read, data, field=field)
+        source = await front.fetcher.fetch(source, field, caller.name)
+    return await run_in_threadpool(_look, source, field)
 
 
 def _look(source: Source, field: str) -> tuple[bytes, int]:

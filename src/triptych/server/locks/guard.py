@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
+from collections.abc import Callable
+from functools import partial
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -12,10 +14,10 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from triptych.config import ServeSection, is_loopback
-from triptych.errors import TriptychError
-from triptych.server.errors import BodyTooLarge, BodyTooSlow, WrongHost, WrongOrigin, answer
+from triptych.errors import QueueFull, TriptychError
+from triptych.server.errors import BodyTooLarge, BodyTooSlow, TooManyConnections, WrongHost, WrongOrigin, answer
 
-__all__ = ["Guard"]
+__all__ = ["Guard", "announced_size", "check_size"]
 
 BODY_SECONDS = 600.0
 """That a request's body may take to come."""
@@ -41,7 +43,6 @@ _DOCS_POLICY = (
 )
 """For the framework's page of the API, which loads its script from there."""
 
-_CROSS_HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "Prefer", "Range")
 _SHOWN_HEADERS = (
     "Content-Range", "ETag", "Idempotent-Replayed", "Location", "Preference-Applied", "Retry-After",
 )  # fmt: skip
@@ -54,42 +55,61 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: ServeSection, docs: str | None = None) -> None:
         self._inside = app
+        self._open: Callable[[ASGIApp], ASGIApp] = lambda app: app
+        self._under_way = 0
+        self._room = _Room(max(settings.max_bodies, settings.max_body))
         self._settings = settings
         self._docs = docs
         self._hosts = {name.lower().rstrip(".") for name in settings.hosts}
         self._origins = {origin.lower() for origin in settings.origins}
         if settings.origins:
-            self._inside = CORSMiddleware(
-                app, allow_origins=sorted(self._origins), allow_methods=("GET", "HEAD", "POST", "DELETE"),
-                allow_headers=_CROSS_HEADERS, expose_headers=_SHOWN_HEADERS, allow_private_network=True,
+            self._open = partial(
+                CORSMiddleware, allow_origins=sorted(self._origins), allow_methods=("GET", "HEAD", "POST", "DELETE"),
+                allow_headers=("*",), expose_headers=_SHOWN_HEADERS, allow_private_network=True,
             )  # fmt: skip
+            self._inside = self._open(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._inside(scope, receive, send)
             return
-        passage = _Passage(receive, send, self._settings.max_body, scope["path"] == self._docs)
+        passage = _Passage(receive, send, self._settings.max_body, self._room, scope["path"] == self._docs)
+        self._under_way += 1
+        try:
+            await self._answer(scope, passage)
+        finally:
+            self._under_way -= 1
+            passage.give_back()
+
+    async def _answer(self, scope: Scope, passage: _Passage) -> None:
         try:
             self._check(scope["method"], Headers(scope=scope))
         except TriptychError as error:
-            await answer(Request(scope), error)(scope, receive, passage.send)
+            await self._refuse(scope, passage, error)
             return
         try:
             await self._inside(scope, passage.receive, passage.send)
-        except (BodyTooLarge, BodyTooSlow):
-            if passage.started:
+        except (BodyTooLarge, BodyTooSlow, QueueFull):
+            if passage.started or passage.refusal is None:
                 raise
         if passage.refusal is not None and not passage.started:
             passage.held = False
-            await answer(Request(scope), passage.refusal)(scope, receive, passage.send)
+            await self._refuse(scope, passage, passage.refusal)
+
+    async def _refuse(self, scope: Scope, passage: _Passage, error: TriptychError) -> None:
+        """Tells a page that may know what is wrong."""
+        response: ASGIApp = answer(Request(scope), error)
+        # A page's browser that asks beforehand would be let in by what lets the answer out.
+        await (response if scope["method"] == "OPTIONS" else self._open(response))(scope, passage.receive, passage.send)
 
     def _check(self, method: str, headers: Headers) -> None:
-        """Raises WrongHost, WrongOrigin, or BodyTooLarge for a body that announces itself as too large."""
+        """Raises WrongHost, WrongOrigin, TooManyConnections, or BodyTooLarge for a body that announces itself as too
+        large."""
         host = self._host(headers)
         self._check_origin(method, headers, host)
-        announced = headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced[:20]) > self._settings.max_body:
-            raise _too_large(self._settings.max_body)
+        if self._under_way > (most := self._settings.max_connections):
+            raise TooManyConnections(f"{most} requests are being answered, and no more are taken at a time")
+        check_size(announced_size(headers), self._settings.max_body)
 
     def _host(self, headers: Headers) -> str:
         """The Host header, if it names this server."""
@@ -139,27 +159,55 @@ def _same(origin: str, host: str) -> bool:
     return default is not None and authority.removesuffix(f":{default}") == host.removesuffix(f":{default}")
 
 
-def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"given more than that; allowed: at most {limit} bytes", field="body")
+def announced_size(headers: Headers) -> int:
+    """How many bytes a body says that it has; 0 where it does not."""
+    given = headers.get("content-length", "0")
+    return int(given[:20]) if given.isdecimal() else 0
+
+
+def check_size(size: int, limit: int) -> None:
+    """Raises BodyTooLarge for a body of more bytes than are taken."""
+    if size > limit:
+        raise BodyTooLarge(f"given more than that; allowed: at most {limit} bytes", field="body")
+
+
+class _Room:
+    """Room for the bodies of all requests in memory."""
+
+    def __init__(self, size: int) -> None:
+        self._free = self._all = size
+
+    def take(self, size: int) -> None:
+        """Raises QueueFull where there is no room for so many bytes more."""
+        if size > self._free:
+            raise QueueFull(f"the bodies of all requests may have {self._all} bytes at a time", field="body")
+        self._free -= size
+
+    def give_back(self, size: int) -> None:
+        """Makes room again."""
+        self._free += size
 
 
 class _Passage:
     """One request's way in and its answer's way out."""
 
-    def __init__(self, receive: Receive, send: Send, limit: int, docs: bool) -> None:
+    def __init__(self, receive: Receive, send: Send, limit: int, room: _Room, docs: bool) -> None:
         self._receive = receive
         self._send = send
         self._limit = limit
         self._size = 0
+        self._room = room
+        self._taken = 0
         self._docs = docs
         self._until = asyncio.get_running_loop().time() + BODY_SECONDS
         self._whole = False
         self.started = False
-        self.refusal: BodyTooLarge | BodyTooSlow | None = None
+        self.refusal: TriptychError | None = None
         self.held = False
 
     async def receive(self) -> Message:
-        if self._whole:  # from here on it is only waited for the client to hang up
+        if self._whole:  # from here on it is only waited for the client to hang up; what was read has been used
+            self.give_back()
             return await self._receive()
         try:
             async with asyncio.timeout_at(self._until):
@@ -169,12 +217,22 @@ class _Passage:
                 BodyTooSlow(f"given no end within {BODY_SECONDS:g} s; allowed: less", field="body")
             ) from None
         self._whole = not message.get("more_body", False)
-        self._size += len(message.get("body", b""))
-        if self._size > self._limit:
-            raise self._refused(_too_large(self._limit))
+        size = len(message.get("body", b""))
+        self._size += size
+        try:
+            check_size(self._size, self._limit)
+            self._room.take(size)
+        except (BodyTooLarge, QueueFull) as error:
+            raise self._refused(error) from None
+        self._taken += size
         return message
 
-    def _refused(self, error: BodyTooLarge | BodyTooSlow) -> TriptychError:
+    def give_back(self) -> None:
+        """Makes room for other requests' bodies."""
+        self._room.give_back(self._taken)
+        self._taken = 0
+
+    def _refused(self, error: TriptychError) -> TriptychError:
         self.refusal, self.held = error, True
         return error
 

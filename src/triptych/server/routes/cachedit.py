@@ -21,11 +21,10 @@ from triptych.model import Topology
 from triptych.request import Request
 from triptych.server.admission import Wanted, begin, finish
 from triptych.server.door import JobView, ResultFile
-from triptych.server.failures import check_done
 from triptych.server.files import SUFFIXES, bytes_of, files_of
 from triptych.server.front import Admin, Front, FrontOf, Who
 from triptych.server.intake.bodies import checked, read_body
-from triptych.server.intake.pictures import pictures
+from triptych.server.intake.pictures import developed
 from triptych.server.locks.keys import Caller
 from triptych.server.routes.detail_words import body_of, detail_wrong, example, in_words, without_effect
 from triptych.server.uploads import picture_sources
@@ -159,18 +158,17 @@ async def generate(front: FrontOf, caller: Who, request: HttpRequest) -> Generat
     """Makes pictures or a clip, and answers when they are there. Hanging up cancels the work."""
     body = checked(GenerateBody, await read_body(request, front.settings.max_body))
     with in_words(_WORDS):
-        wanted, warnings = await _wanted(front, caller, body)
-        place = await run_in_threadpool(_place, front, body)
-        view = await finish(front, caller, await begin(front, caller, wanted), request)
-        check_done(view)
-    outputs = await run_in_threadpool(_outputs, front, view, place)
+        job, place, warnings = await _begun(front, caller, body)
+        body = body.model_copy(update={"image_urls": None})  # they are large, and not needed while it is waited
+        view = await finish(front, caller, job, request)
+    outputs = await front.slowly(_outputs, front, view, place)
     return _reply(front.door.topology, view, body, outputs, warnings)
 
 
 @router.post("/flush_cache", response_model=Flushed, responses={**example(_FREED), **detail_wrong(401, 403, 429, 503)})
-def flush_cache(front: FrontOf, admin: Admin) -> Flushed:
+async def flush_cache(front: FrontOf, admin: Admin) -> Flushed:
     """Lets go of what is kept only to be faster, in every worker, between two units of its work."""
-    report = front.door.flush(FLUSH_SECONDS)
+    report = await front.slowly(front.door.flush, FLUSH_SECONDS)
     if not report.workers and not report.unanswered:
         raise NoWorker("no worker is ready, so there is nothing to flush")
     wrong = [f"{one.worker}: {cache}" for one in report.workers for cache in one.failed]
@@ -184,9 +182,18 @@ def flush_cache(front: FrontOf, admin: Admin) -> Flushed:
     )
 
 
-async def _wanted(front: Front, caller: Caller, body: GenerateBody) -> tuple[Wanted, list[str]]:
-    """The job that a body asks for, and what of it the model has no use for."""
-    topology = front.door.topology
+async def _begun(front: Front, caller: Caller, body: GenerateBody) -> tuple[str, Path | None, list[str]]:
+    """The job of a body, the folder for its files, and what of the body the model has no use for."""
+    given, warnings = _given(front.door.topology, body)
+    sources = picture_sources(front, caller, body.image_urls or (), "image_urls")
+    async with developed(front, caller, sources, field="image_urls") as brought:
+        wanted = Wanted(Request.parse(prompt=body.prompt, num_outputs=body.num_images, **given, **brought))
+        place = await run_in_threadpool(_place, front, body)
+        return await begin(front, caller, wanted), place, warnings
+
+
+def _given(topology: Topology, body: GenerateBody) -> tuple[dict[str, Any], list[str]]:
+    """The settings of a body, and what of it the model has no use for."""
     given: dict[str, Any] = {
         name: getattr(body, name)
         for name in ("width", "height", "num_inference_steps", "guidance_scale", "sigmas", "seed", "num_frames", "fps")
@@ -203,8 +210,7 @@ async def _wanted(front: Front, caller: Caller, body: GenerateBody) -> tuple[Wan
         given.pop(name, None)
     if body.output_dir is not None and body.output_format != "path":
         warnings.append(without_effect("output_dir", "output_format is base64"))
-    images = await pictures(front, picture_sources(front, caller, body.image_urls or (), "image_urls"), "image_urls")
-    return Wanted(Request.parse(prompt=body.prompt, images=images, num_outputs=body.num_images, **given)), warnings
+    return given, warnings
 
 
 def _useless(topology: Topology, body: GenerateBody) -> Iterator[tuple[str, str]]:

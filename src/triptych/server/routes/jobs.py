@@ -13,13 +13,13 @@ from starlette.concurrency import run_in_threadpool
 
 from triptych.cluster import ENDED, JobState
 from triptych.errors import InvalidRequest
-from triptych.server.admission import begin_or_replay, finish, view_of
+from triptych.server.admission import begin_or_replay, made_before, view_of, while_connected
 from triptych.server.door import JobView
 from triptych.server.errors import JobNotFound
 from triptych.server.events import EVENTS, job_events
 from triptych.server.files import KnownTags, result_response
 from triptych.server.front import Front, FrontOf, Who
-from triptych.server.intake.bodies import JOB_BODY, read_body, take_job
+from triptych.server.intake.bodies import JOB_BODY, job_of, read_body
 from triptych.server.locks.keys import Caller
 from triptych.server.views import FILE_RESPONSES, JobList, JobObject, job_object, wrong
 
@@ -73,23 +73,30 @@ async def submit(
     prefer: Prefer = None,
 ) -> JobObject:  # fmt: skip
     """Takes a job and answers at once (202), unless it is to be waited for; `GET /v1/jobs/{job}` and
-    `GET /v1/jobs/{job}/events` tell how it gets on. A client that hangs up while it waits cancels the job."""
+    `GET /v1/jobs/{job}/events` tell how it gets on. A client that hangs up while it waits cancels the job, unless it
+    gave an `Idempotency-Key` to come back with."""
     seconds = _wait(prefer)
-    data = await read_body(request, front.settings.max_body)
-    wanted = await take_job(front, data)
-    if idempotency_key is not None:
-        wanted = replace(wanted, key=(idempotency_key, hashlib.sha256(data).hexdigest()))
-    job, replayed = await begin_or_replay(front, caller, wanted)
+    job, replayed = await _begun(front, caller, request, idempotency_key)
     if replayed:
         response.headers["Idempotent-Replayed"] = "true"
-    if seconds is None:
-        view = await run_in_threadpool(view_of, front, caller, job)
-    else:
-        view = await finish(front, caller, job, request, seconds)
+    if seconds is not None:
+        async with while_connected(front, job, request, cancels=idempotency_key is None):
+            await front.follower.ended(job, seconds)
         response.headers["Preference-Applied"] = f"wait={seconds}"
+    view = await run_in_threadpool(view_of, front, caller, job)
     response.status_code = 200 if view.record.state in ENDED else 202
     response.headers["Location"] = f"/v1/jobs/{job}"
     return await run_in_threadpool(job_object, front.door, view)
+
+
+async def _begun(front: Front, caller: Caller, request: Request, name: str | None) -> tuple[str, bool]:
+    """The job of a request, and whether it is one that was taken before."""
+    data = await read_body(request, front.settings.max_body)
+    key = None if name is None else (name, hashlib.sha256(data).hexdigest())
+    if key is not None and (job := await run_in_threadpool(made_before, front, caller, key)):
+        return job, True
+    async with job_of(front, caller, data) as wanted:
+        return await begin_or_replay(front, caller, replace(wanted, key=key))
 
 
 def _wait(prefer: str | None) -> int | None:
@@ -159,7 +166,7 @@ def cancel(job: JobId, front: FrontOf, caller: Who) -> JobObject:
     response_class=Response,
     responses={**FILE_RESPONSES, **wrong(401, 404, 409, 410, 422)},
 )
-def result(
+async def result(
     job: JobId,
     number: Annotated[int, Path(description="which output, from 0")],
     front: FrontOf,
@@ -167,4 +174,5 @@ def result(
     known: KnownTags = None,
 ) -> Response:
     """One output of a finished job, as a file; a part of it where a range is asked for."""
-    return result_response(front.door, view_of(front, caller, job), number, known)
+    view = await run_in_threadpool(view_of, front, caller, job)
+    return await front.slowly(result_response, front.door, view, number, known)

@@ -14,18 +14,18 @@ from starlette.concurrency import run_in_threadpool
 
 from triptych.errors import InvalidRequest, Unsupported
 from triptych.request import Request
-from triptych.server.admission import UNDER_WAY, Wanted, begin, finish, view_of
+from triptych.server.admission import Wanted, begin, finish, view_of
 from triptych.server.door import JobView
 from triptych.server.errors import ResultNotFound, TimedOut
-from triptych.server.failures import check_done
+from triptych.server.failures import UNDER_WAY, check_done
 from triptych.server.files import result_response
 from triptych.server.front import Front, FrontOf, Who
 from triptych.server.intake.bodies import Body, checked, read_body
-from triptych.server.intake.pictures import mask, pictures
+from triptych.server.intake.pictures import developed
 from triptych.server.locks.keys import Caller
 from triptych.server.routes.detail_words import body_of, detail_wrong, example, in_words, without_effect
 from triptych.server.uploads import picture_sources
-from triptych.server.views import FILE_RESPONSES
+from triptych.server.views import A_FILE, FILE_RESPONSES
 
 __all__ = ["router"]
 
@@ -232,7 +232,7 @@ async def image(front: FrontOf, caller: Who, request: HttpRequest) -> TaskTaken:
 @_both(
     router.post, "/image/sync", response_class=Response,
     responses={
-        200: {"description": "the picture", "content": {"image/png": {}}},
+        200: {"description": "the picture", "content": {"image/png": {"example": A_FILE}}},
         **detail_wrong(400, 401, 409, 410, 413, 415, 422, 429, 500, 503, 504),
     },
     openapi_extra=body_of(ImageTask, _IMAGE, _SHAPED),
@@ -247,15 +247,14 @@ async def image_sync(
     """Makes a picture and answers with it. Hanging up cancels the task. What has no effect is told in the header
     `Triptych-Warnings`, as JSON."""
     with in_words(_WORDS):
-        wanted, warnings = await _wanted(front, caller, await _read(front, request, ImageTask))
-        job = await begin(front, caller, wanted)
+        job, warnings = await _begun(front, caller, await _read(front, request, ImageTask))
         view = await finish(front, caller, job, request, timeout_seconds)
         if view.record.state in UNDER_WAY:
-            if front.door.cancel(job):
+            if await run_in_threadpool(front.door.cancel, job):
                 raise TimedOut(f"task {job} did not end within {timeout_seconds} s, and was cancelled", field="task_id")
-            view = view_of(front, caller, job)
-        check_done(view)
-    response = await run_in_threadpool(result_response, front.door, view, 0)
+            view = await run_in_threadpool(view_of, front, caller, job)
+            check_done(view)
+    response = await front.slowly(result_response, front.door, view, 0)
     text = json.dumps(warnings)
     if warnings and len(text) <= MAX_HEADER:
         response.headers["Triptych-Warnings"] = text
@@ -302,13 +301,13 @@ def task_status(task_id: Id, front: FrontOf, caller: Who) -> TaskStatus:
     router.get, "/{task_id}/result", response_class=Response,
     responses={**FILE_RESPONSES, **detail_wrong(401, 404, 410)},
 )  # fmt: skip
-def task_result(task_id: Id, front: FrontOf, caller: Who) -> Response:
+async def task_result(task_id: Id, front: FrontOf, caller: Who) -> Response:
     """A completed task's picture or clip."""
     with in_words(_WORDS):
-        view = view_of(front, caller, task_id)
+        view = await run_in_threadpool(view_of, front, caller, task_id)
     if view.record.state != "done":
         raise ResultNotFound(f"the task is {_STATUSES[view.record.state]}; only one that is completed has a result")
-    return result_response(front.door, view, 0)
+    return await front.slowly(result_response, front.door, view, 0)
 
 
 @_both(
@@ -326,8 +325,8 @@ def stop(task_id: Id, front: FrontOf, caller: Who) -> Stopped:
 
 async def _take(front: Front, caller: Caller, request: HttpRequest, kind: type[TaskBody]) -> TaskTaken:
     with in_words(_WORDS):
-        wanted, warnings = await _wanted(front, caller, await _read(front, request, kind))
-        view = view_of(front, caller, await begin(front, caller, wanted))
+        job, warnings = await _begun(front, caller, await _read(front, request, kind))
+        view = await run_in_threadpool(view_of, front, caller, job)
     spec = view.record.spec
     return TaskTaken(task_id=spec.id, save_result_path=_name(view), warnings=[*warnings, *spec.warnings])
 
@@ -342,9 +341,19 @@ async def _read(front: Front, request: HttpRequest, kind: type[Body]) -> Body:
     return body
 
 
-async def _wanted(front: Front, caller: Caller, body: TaskBody) -> tuple[Wanted, list[str]]:
-    """The job that a body asks for, and what of it has no effect. Raises Unsupported for what cannot be done without
-    making something else."""
+async def _begun(front: Front, caller: Caller, body: TaskBody) -> tuple[str, list[str]]:
+    """The job of a body, and what of it has no effect. Raises Unsupported for what cannot be done without making
+    something else."""
+    given, warnings = _given(body)
+    images = picture_sources(front, caller, [body.image_path] if body.image_path else [], "image_path")
+    masks = picture_sources(front, caller, [body.image_mask_path] if body.image_mask_path else [], "image_mask_path")
+    mask = masks[0] if masks else None
+    async with developed(front, caller, images, mask, field="image_path", mask_field="image_mask_path") as brought:
+        return await begin(front, caller, Wanted(Request.parse(prompt=body.prompt, **given, **brought))), warnings
+
+
+def _given(body: TaskBody) -> tuple[dict[str, Any], list[str]]:
+    """A body's settings, and what of it has no effect. Raises Unsupported."""
     for name, why in _REFUSED.items():
         if getattr(body, name, None):
             raise Unsupported(f"given {str(getattr(body, name))[:80]!r}; allowed: nothing, {why}", field=name)
@@ -364,25 +373,13 @@ async def _wanted(front: Front, caller: Caller, body: TaskBody) -> tuple[Wanted,
             warnings.append(without_effect("aspect_ratio", why))
         else:
             given["aspect_ratio"] = body.aspect_ratio
-    given |= await _pictures(front, caller, body)
-    return Wanted(Request.parse(prompt=body.prompt, **given)), warnings
+    return given, warnings
 
 
 def _changed(body: TaskBody, names: Iterable[str]) -> list[str]:
     """The fields that were given another value than they have by themselves."""
     fields = type(body).model_fields
     return [name for name in names if name in fields and getattr(body, name) not in (fields[name].default, "", None)]
-
-
-async def _pictures(front: Front, caller: Caller, body: TaskBody) -> dict[str, Any]:
-    given: dict[str, Any] = {}
-    if body.image_path:
-        sources = picture_sources(front, caller, [body.image_path], "image_path")
-        given["images"] = await pictures(front, sources, "image_path")
-    if body.image_mask_path:
-        (source,) = picture_sources(front, caller, [body.image_mask_path], "image_mask_path")
-        given["mask"] = await mask(front, source, "image_mask_path")
-    return given
 
 
 def _name(view: JobView) -> str:

@@ -8,18 +8,16 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.concurrency import run_in_threadpool
 
 from triptych.errors import InvalidRequest, Unsupported
 from triptych.server.admission import begin, finish
 from triptych.server.door import JobView
-from triptych.server.failures import check_done
 from triptych.server.files import bytes_of, files_of
 from triptych.server.front import Front, FrontOf, Who
 from triptych.server.intake.bodies import checked, read_body
 from triptych.server.intake.forms import form_fields, read_form
 from triptych.server.intake.openai_bodies import EDIT, IMAGE, ImageBody, in_their_words, wanted, warnings_of
-from triptych.server.intake.pictures import Source, mask, pictures
+from triptych.server.intake.pictures import Source, developed
 from triptych.server.locks.keys import Caller
 from triptych.server.routes.openai_stream import EVENTS, picture_events, size_of
 from triptych.server.routes.openai_words import one_file, openai_wrong, request_body, some_files
@@ -72,7 +70,8 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {200: {"model": ImagesReply, "conten
 async def generate(front: FrontOf, caller: Who, http: Request) -> Response:
     """Makes pictures from text. The native request's settings may be given beside OpenAI's own."""
     body = checked(IMAGE, await read_body(http, front.settings.max_body))
-    return await _made(front, caller, http, body, "image_generation")
+    job = await _begun(front, caller, body, {})
+    return await _made(front, caller, http, body, "image_generation", job)
 
 
 @router.post(
@@ -92,6 +91,12 @@ async def generate(front: FrontOf, caller: Who, http: Request) -> Response:
 )
 async def edit(front: FrontOf, caller: Who, http: Request) -> Response:
     """Makes pictures from pictures and text."""
+    body, job = await _edited(front, caller, http)
+    return await _made(front, caller, http, body, "image_edit", job)
+
+
+async def _edited(front: Front, caller: Caller, http: Request) -> tuple[ImageBody, str]:
+    """A form's fields without its pictures, and the job that it has begun."""
     form = await read_form(http, front.settings.max_body)
     given: list[Source] = [*form.pop("image", ()), *form.pop("image[]", ())]
     masks: list[Source] = [*form.pop("mask", ())]
@@ -100,25 +105,24 @@ async def edit(front: FrontOf, caller: Who, http: Request) -> Response:
         raise InvalidRequest.of("image", "none", "at least one picture")
     if len(masks) > 1:
         raise InvalidRequest.of("mask", f"{len(masks)} masks", "one")
-    brought: dict[str, Any] = {"images": await pictures(front, given, "image")}
-    if masks:
-        brought["mask"] = await mask(front, masks[0], "mask", holes=True)
-    return await _made(front, caller, http, body, "image_edit", **brought)
+    painted = masks[0] if masks else None
+    async with developed(front, caller, given, painted, field="image", holes=True) as brought:
+        return body, await _begun(front, caller, body, brought)
 
 
-async def _made(
-    front: Front, caller: Caller, http: Request, body: ImageBody, event: str, **brought: Any
-) -> Response:  # fmt: skip
-    """Begins the job of a body, and answers with what it makes: once it is there, or as it comes."""
+async def _begun(front: Front, caller: Caller, body: ImageBody, brought: dict[str, Any]) -> str:
     _check(front, body)
     asked = wanted(front.door.topology, body, preview=bool(body.partial_images), **brought)
     with in_their_words(body):
-        job = await begin(front, caller, asked)
+        return await begin(front, caller, asked)
+
+
+async def _made(front: Front, caller: Caller, http: Request, body: ImageBody, event: str, job: str) -> Response:
+    """Answers with what the job of a body makes: once it is there, or as it comes."""
     if body.stream:
-        return picture_events(front, caller, job, body, event)
+        return await picture_events(front, caller, job, body, event)
     view = await finish(front, caller, job, http)
-    check_done(view)
-    return await run_in_threadpool(_reply, front, view, body, str(http.base_url))
+    return await front.slowly(_reply, front, view, body, str(http.base_url))
 
 
 def _check(front: Front, body: ImageBody) -> None:

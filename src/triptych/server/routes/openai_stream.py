@@ -8,11 +8,8 @@ import io
 import math
 import time
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import Any
 
-import msgspec
-from fastapi.responses import StreamingResponse
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
@@ -22,6 +19,7 @@ from triptych.messages import Picture
 from triptych.server.admission import view_of
 from triptych.server.door import JobView
 from triptych.server.errors import STATUSES, openai_error
+from triptych.server.events import ALIVE, KEEP_ALIVE, EventStream, event
 from triptych.server.failures import check_done
 from triptych.server.files import bytes_of, files_of
 from triptych.server.follow import Happening
@@ -31,9 +29,6 @@ from triptych.server.locks.keys import Caller
 from triptych.server.views import SSE_EVENT
 
 __all__ = ["EVENTS", "picture_events", "size_of"]
-
-KEEP_ALIVE = 15.0
-"""Seconds of silence after which a comment tells whoever is between that the connection is alive."""
 
 EVENTS: dict[str, Any] = {
     "text/event-stream": {
@@ -46,44 +41,43 @@ EVENTS: dict[str, Any] = {
 """A stream on the OpenAPI page."""
 
 
-class _Events(StreamingResponse):
+class _Events(EventStream):
     """A job's events. With them the job ends, if it has not: its reader left."""
 
     def __init__(self, front: Front, job: str, events: AsyncIterator[bytes]) -> None:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._cancel = partial(front.door.cancel, job)
+        super().__init__(events)
+        self._front, self._job = front, job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Not in the stream itself, which is not even begun for a reader that left early, and not closed for a slow one.
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._cancel()
+            self._front.cancel(self._job)
 
 
-def picture_events(front: Front, caller: Caller, job: str, body: ImageBody, event: str) -> StreamingResponse:
-    """A job's previews and pictures as they come; whoever stops reading cancels it."""
-    shown = _Previews(view_of(front, caller, job), body.partial_images or 0)
-    return _Events(front, job, _told(front, caller, job, body, event, shown))
+async def picture_events(front: Front, caller: Caller, job: str, body: ImageBody, kind: str) -> EventStream:
+    """A job's previews and pictures as they come, as events of that kind; whoever stops reading cancels it."""
+    view = await run_in_threadpool(view_of, front, caller, job)
+    return _Events(front, job, _told(front, caller, job, body, kind, _Previews(view, body.partial_images or 0)))
 
 
 async def _told(
-    front: Front, caller: Caller, job: str, body: ImageBody, event: str, shown: _Previews
+    front: Front, caller: Caller, job: str, body: ImageBody, kind: str, shown: _Previews
 ) -> AsyncIterator[bytes]:  # fmt: skip
     try:
         async with contextlib.aclosing(front.follower.happenings(job, seconds=KEEP_ALIVE)) as happenings:
             async for happening in happenings:
                 if happening is None:
-                    yield b": alive\n\n"
+                    yield ALIVE
                 elif (preview := shown.due(happening)) is not None:
                     data = await run_in_threadpool(shown.file, preview)
-                    yield _event(f"{event}.partial_image", shown.told(data))
-        view = view_of(front, caller, job)
+                    yield _event(f"{kind}.partial_image", shown.told(data))
+        view = await run_in_threadpool(view_of, front, caller, job)
         check_done(view)
-        for data in await run_in_threadpool(_finals, front, view):
+        for data in await front.slowly(_finals, front, view):
             warned = {"warnings": warnings_of(body, view.record.spec.warnings)}
-            yield _event(f"{event}.completed", {**data, **warned})
+            yield _event(f"{kind}.completed", {**data, **warned})
     except TriptychError as error:
         # It is too late for a status.
         _, said = openai_error(STATUSES.get(error.code, 500), error.code, error.message, error.field)
@@ -159,4 +153,4 @@ def _picture(data: bytes, size: tuple[int, int], format: str, at: float) -> dict
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:
-    return b"event: %s\ndata: %s\n\n" % (name.encode(), msgspec.json.encode({"type": name, **data}))
+    return event(name, {"type": name, **data})

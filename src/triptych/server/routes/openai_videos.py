@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 
 from triptych.errors import InvalidRequest, Unsupported
 from triptych.server.admission import begin, view_of
@@ -19,7 +21,7 @@ from triptych.server.front import Front, FrontOf, Who
 from triptych.server.intake.bodies import checked, read_body
 from triptych.server.intake.forms import FORM, form_fields, media_type, read_form
 from triptych.server.intake.openai_bodies import VIDEO, VideoBody, in_their_words, wanted, warnings_of
-from triptych.server.intake.pictures import Source, pictures
+from triptych.server.intake.pictures import Source, developed
 from triptych.server.locks.keys import Caller
 from triptych.server.routes.openai_words import one_file, openai_wrong, request_body
 from triptych.server.uploads import picture_sources
@@ -34,6 +36,8 @@ router = APIRouter(prefix="/v1/videos", tags=["openai"])
 
 PAGE = 100
 """Clips of a page at most, and jobs that are read at a time to find them."""
+LOOKED_AT = 1000
+"""Jobs that are read for the oldest first: they are kept newest first."""
 
 _EXAMPLE = {"prompt": "a red ball rolls to the right", "size": "64x64", "seconds": "1", "seed": 7}
 
@@ -133,11 +137,11 @@ async def create(front: FrontOf, caller: Who, http: Request) -> VideoObject:
             f"{front.door.topology.source.name} makes pictures: POST /v1/images/generations", field="model"
         )
     body, given = await _body(front, caller, http)
-    brought: dict[str, Any] = {"images": await pictures(front, given, "input_reference")} if given else {}
-    asked = wanted(front.door.topology, body, **brought)
-    with in_their_words(body):
-        job = await begin(front, caller, asked)
-    view = view_of(front, caller, job)
+    async with developed(front, caller, given, field="input_reference") as brought:
+        asked = wanted(front.door.topology, body, **brought)
+        with in_their_words(body):
+            job = await begin(front, caller, asked)
+    view = await run_in_threadpool(view_of, front, caller, job)
     return _video(front.door, view, warnings_of(body, view.record.spec.warnings))
 
 
@@ -171,16 +175,19 @@ def videos(
     caller: Who,
     after: Annotated[str | None, Query(description="the clip that the last page ended with")] = None,
     limit: Annotated[int, Query(ge=1, le=PAGE, description="clips of this page at most")] = 20,
-    order: Annotated[Literal["asc", "desc"], Query(description="oldest or newest first")] = "desc",
+    order: Annotated[
+        Literal["asc", "desc"], Query(description=f"newest first; or oldest first, of the newest {LOOKED_AT} jobs")
+    ] = "desc",
 ) -> VideoPage:
     """The caller's clips."""
     if after is not None:
         _check_mark(front, caller, after)
-    door, found = front.door, _newest_first(front.door, caller, after if order == "desc" else None)
+    door = front.door
     if order == "desc":
-        records = [record for record, _ in zip(found, range(limit + 1), strict=False)]
+        clips = filter(_is_clip, _newest_first(door, caller, after))
+        records = list(islice(clips, limit + 1))
     else:
-        records = _oldest_first(found, after, limit + 1)
+        records = _oldest_first(islice(_newest_first(door, caller, None), LOOKED_AT), after, limit + 1)
     page = [_video(door, view) for record in records[:limit] if (view := door.view(record.spec.id)) is not None]
     return VideoPage(
         data=page,
@@ -198,19 +205,20 @@ def _check_mark(front: Front, caller: Caller, after: str) -> None:
 
 
 def _newest_first(door: Door, caller: Caller, before: str | None) -> Iterator[JobRecord]:
-    """The caller's clips, read page by page."""
+    """The caller's jobs, read page by page."""
     while found := door.jobs(client=caller.name, before=before, limit=PAGE):
         before = found[-1].spec.id
-        yield from (record for record in found if _is_clip(record))
+        yield from found
 
 
 def _oldest_first(found: Iterator[JobRecord], after: str | None, count: int) -> list[JobRecord]:
-    """The first of what newest first ends with: the store reads in that order alone."""
+    """The first clips of what newest first ends with: the store reads in that order alone."""
     last: deque[JobRecord] = deque(maxlen=count)
     for record in found:
         if record.spec.id == after:
             break
-        last.append(record)
+        if _is_clip(record):
+            last.append(record)
     return list(last)[::-1]
 
 
@@ -239,6 +247,7 @@ def delete(video_id: VideoId, front: FrontOf, caller: Who) -> VideoDeleted:
     """Forgets a clip and its file; one that is still made is cancelled first."""
     _clip(front, caller, video_id)
     front.door.forget(video_id)
+    front.follower.forget(video_id)
     return VideoDeleted(id=video_id)
 
 
@@ -247,7 +256,7 @@ def delete(video_id: VideoId, front: FrontOf, caller: Who) -> VideoDeleted:
     response_class=Response,
     responses={**FILE_RESPONSES, **openai_wrong(400, 401, 404, 409, 410)},
 )
-def content(
+async def content(
     video_id: VideoId,
     front: FrontOf,
     caller: Who,
@@ -255,10 +264,10 @@ def content(
     known: KnownTags = None,
 ) -> Response:
     """A finished clip's file; a part of it where a range is asked for."""
-    view = _clip(front, caller, video_id)
+    view = await run_in_threadpool(_clip, front, caller, video_id)
     if variant != "video":
         raise InvalidRequest.of("variant", variant, "video (no thumbnails or sprite sheets are made)")
-    return result_response(front.door, view, 0, known)
+    return await front.slowly(result_response, front.door, view, 0, known)
 
 
 def _video(door: Door, view: JobView, warnings: list[str] | None = None) -> VideoObject:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, Field
@@ -10,7 +10,8 @@ from pydantic import BaseModel, Field
 from triptych.errors import InvalidRequest
 from triptych.server.front import FrontOf, Who
 from triptych.server.intake.forms import FORM, read_form
-from triptych.server.intake.pictures import pictures
+from triptych.server.intake.pictures import developed
+from triptych.server.routes.detail_words import example
 from triptych.server.routes.openai_words import openai_wrong
 from triptych.server.uploads import KEPT_SECONDS, Upload
 
@@ -50,10 +51,6 @@ _FILE = {
 }  # fmt: skip
 
 
-def _example(value: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    return {200: {"content": {"application/json": {"example": value}}}}
-
-
 _FORM = {
     "type": "object",
     "required": ["file"],
@@ -70,7 +67,7 @@ Id = Annotated[str, Path(description="the upload's id", examples=[_EXAMPLE_ID])]
 @router.post(
     "",
     response_model=FileObject,
-    responses={**_example(_FILE), **openai_wrong(400, 401, 413, 415, 429)},
+    responses={**example(_FILE), **openai_wrong(400, 401, 413, 415, 429)},
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -89,11 +86,12 @@ async def upload(front: FrontOf, caller: Who, request: Request) -> FileObject:
         raise InvalidRequest.of("file", f"{len(files)} values", "one file")
     if not isinstance(purpose, str) or len(purpose) > MAX_PURPOSE:
         raise InvalidRequest.of("purpose", purpose, f"text of at most {MAX_PURPOSE} characters")
-    await pictures(front, files[:1], "file")  # what is none is refused at once
+    async with developed(front, caller, files[:1], field="file"):  # what is none is refused at once
+        pass
     return _object(front.uploads.add(caller.name, files[0], purpose))
 
 
-@router.get("/{file}", response_model=FileObject, responses={**_example(_FILE), **openai_wrong(401, 404)})
+@router.get("/{file}", response_model=FileObject, responses={**example(_FILE), **openai_wrong(401, 404)})
 async def look(file: Id, front: FrontOf, caller: Who) -> FileObject:
     """An upload, while it is kept."""
     return _object(front.uploads.get(caller.name, file))
@@ -102,7 +100,7 @@ async def look(file: Id, front: FrontOf, caller: Who) -> FileObject:
 @router.delete(
     "/{file}",
     response_model=FileDeleted,
-    responses={**_example({"id": _EXAMPLE_ID, "object": "file", "deleted": True}), **openai_wrong(401, 404)},
+    responses={**example({"id": _EXAMPLE_ID, "object": "file", "deleted": True}), **openai_wrong(401, 404)},
 )
 async def delete(file: Id, front: FrontOf, caller: Who) -> FileDeleted:
     """Forgets an upload before its time."""

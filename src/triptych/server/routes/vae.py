@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -19,15 +18,14 @@ from triptych.messages import Encoding
 from triptych.model import VaeCall, VaeOptions, extent_of, picture_call, vae_stage
 from triptych.server.admission import begin_by, finish
 from triptych.server.door import ResultFile
-from triptych.server.errors import BodyTooLarge, ResultGone, WrongMediaType
-from triptych.server.failures import check_done
-from triptych.server.files import bytes_of, files_of
+from triptych.server.errors import BodyTooLarge, WrongMediaType
+from triptych.server.files import bytes_of, files_of, opened
 from triptych.server.front import Front, FrontOf, Who
 from triptych.server.intake.bodies import bounded
-from triptych.server.intake.pictures import pictures
+from triptych.server.intake.pictures import developed
 from triptych.server.locks.bounds import check_extent
 from triptych.server.locks.keys import Caller
-from triptych.server.views import wrong
+from triptych.server.views import A_FILE, wrong
 
 __all__ = ["router"]
 
@@ -38,6 +36,8 @@ CHUNK = 1 << 20
 """Bytes of a tensor that are read at once on their way out."""
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
 """safetensors' names of what leaves, as the client knows them."""
+
+_TENSOR = Encoding(format="safetensors")
 
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
 Side = Annotated[int | None, Field(ge=1, le=1 << 24, description="pixels, with packed latents")]
@@ -93,7 +93,8 @@ class EncodeParameters(_Scaling):
 
 def _body(*kinds: str) -> dict[str, Any]:
     schema = {"type": "string", "format": "binary"}
-    return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}}
+    content = {kind: {"schema": schema, "example": A_FILE} for kind in kinds}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _answers(*kinds: str) -> dict[int | str, dict[str, Any]]:
@@ -102,7 +103,7 @@ def _answers(*kinds: str) -> dict[int | str, dict[str, Any]]:
         "shape": {"description": "of a tensor, as JSON", "schema": {"type": "string"}, "example": "[1, 3, 64, 64]"},
         "dtype": {"description": "of a tensor", "schema": {"enum": list(DTYPES.values())}, "example": "float32"},
     }
-    content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in kinds}
+    content = {kind: {"schema": {"type": "string", "format": "binary"}, "example": A_FILE} for kind in kinds}
     return {
         200: {"description": "What was made", "content": content, "headers": described},
         **wrong(400, 401, 409, 413, 415, 422, 429, 503),
@@ -123,8 +124,8 @@ async def decode(front: FrontOf, caller: Who, http: Request, asked: Annotated[De
         asked.scaling_factor, asked.shift_factor, asked.do_scaling, asked.height, asked.width, output
     )  # fmt: skip
     call = VaeCall("vae.decode", tuple(asked.shape), asked.dtype, options)
-    data = await _tensor(front, http, call)
-    return await _made(front, caller, http, call, data, encoding)
+    job = await _begun(front, caller, call, await _tensor(front, http, call), encoding)
+    return await _made(front, caller, http, job)
 
 
 @router.post(
@@ -144,14 +145,19 @@ async def encode(front: FrontOf, caller: Who, http: Request, asked: Annotated[En
         raise InvalidRequest.of(missing, None, "shape and dtype of a tensor, or neither with a picture's file")
     if asked.shape is not None and asked.dtype is not None:
         call = VaeCall("vae.encode", tuple(asked.shape), asked.dtype, options)
-        data = await _tensor(front, http, call)
+        job = await _begun(front, caller, call, await _tensor(front, http, call), _TENSOR)
     else:
-        vae_stage(front.door.topology, "vae.encode")
-        file = b"".join([part async for part in bounded(http, front.settings.max_body)])
-        (image,) = await pictures(front, [file], "image")
-        call, data = await run_in_threadpool(picture_call, front.door.topology, image, options)
+        job = await _begun_with_picture(front, caller, http, options)
+    return await _made(front, caller, http, job)
+
+
+async def _begun_with_picture(front: Front, caller: Caller, http: Request, options: VaeOptions) -> str:
+    vae_stage(front.door.topology, "vae.encode")
+    file = b"".join([part async for part in bounded(http, front.settings.max_body)])
+    async with developed(front, caller, [file], field="image") as brought:
+        call, data = await run_in_threadpool(picture_call, front.door.topology, brought["images"][0], options)
         _check(front, call)
-    return await _made(front, caller, http, call, data, Encoding(format="safetensors"))
+        return await _begun(front, caller, call, data, _TENSOR)
 
 
 def _check_kind(http: Request, allowed: tuple[str, ...]) -> None:
@@ -206,32 +212,35 @@ async def _tensor(front: Front, http: Request, call: VaeCall) -> bytearray:
     return data
 
 
-async def _made(
-    front: Front, caller: Caller, http: Request, call: VaeCall, data: bytearray, encoding: Encoding
-) -> Response:
-    """Has it done, and answers with what it made. A client that hangs up cancels it."""
+async def _begun(front: Front, caller: Caller, call: VaeCall, data: bytearray, encoding: Encoding) -> str:
     door, stage = front.door, vae_stage(front.door.topology, call.task)
 
     def submit() -> str:
         return door.submit_vae(call, data, encoding=encoding, client=caller.name, trace=caller.visit.trace)
 
-    job = await run_in_threadpool(begin_by, front, caller, submit, (stage,))
-    view = await finish(front, caller, job, http)
-    check_done(view)
-    return await run_in_threadpool(lambda: _response(files_of(door, view)[0]))
+    return await run_in_threadpool(begin_by, front, caller, submit, (stage,))
+
+
+async def _made(front: Front, caller: Caller, http: Request, job: str) -> Response:
+    """Answers with what a job made, and forgets it. A client that hangs up cancels it."""
+    try:
+        view = await finish(front, caller, job, http)
+        return await front.slowly(lambda: _response(files_of(front.door, view)[0]))
+    finally:
+        front.forget(job)  # the answer's file is open, and nobody knows the job to ask for it again
 
 
 def _response(file: ResultFile) -> Response:
     if not file.media_type.endswith("safetensors"):
         return Response(bytes_of(file), media_type=file.media_type)
-    opened = _open(file)
+    found = opened(file)
     try:
-        tensor = _Header.read(opened)
+        tensor = _Header.read(found)
     except BaseException:
-        opened.close()
+        found.close()
         raise
     headers = {"shape": json.dumps(tensor.shape), "dtype": tensor.dtype, "Content-Length": str(tensor.bytes)}
-    return StreamingResponse(_chunks(opened, tensor.bytes), headers=headers, media_type=BINARY)
+    return StreamingResponse(_chunks(found, tensor.bytes), headers=headers, media_type=BINARY)
 
 
 @dataclass(frozen=True)
@@ -250,17 +259,6 @@ class _Header:
         begin, end = found["data_offsets"]
         assert begin == 0 and end - begin >= math.prod(found["shape"])
         return cls(found["shape"], DTYPES[found["dtype"]], end - begin)
-
-
-def _open(file: ResultFile) -> BinaryIO:
-    if file.data is not None:
-        return BytesIO(file.data)
-    try:
-        path = file.path
-        assert path is not None, "a result is a file or bytes"
-        return path.open("rb")
-    except (FileNotFoundError, KeyError):
-        raise ResultGone("the result has expired") from None
 
 
 def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
