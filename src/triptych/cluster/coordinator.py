@@ -417,7 +417,7 @@ class Coordinator:
 
     def _done(self, worker: str, message: TaskDone) -> None:
         if message.last is not None:
-            self._stepped(worker, message.last)
+            self._stepped(worker, msgspec.structs.replace(message.last, attempt=message.attempt))
         if live := self._at(worker, message.job):
             self._observers.done(self._name(worker), message, live.since, self._clock())
         self._scheduler.done(worker, message)
