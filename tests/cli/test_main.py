@@ -35,7 +35,7 @@ def test_help_answers_at_once(arguments: list[str]) -> None:
         # Processor time: that of the wall belongs to whatever else the machine does.
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0 and "Usage: triptych" in done.stdout and not done.stderr
-    assert min(times) < 0.3
+    assert min(times) < 0.5
 
 
 def test_no_arguments_is_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,7 +93,7 @@ def test_told_to_stop_while_it_loads_it_leaves_nothing() -> None:
         ("workers: [{stages: encode}]", "workers: given 'encode'; allowed: one for denoise, decode too"),
         ("workers: [{stages: all}", "layout: given 'wrong.yaml'; allowed: YAML (line "),
         ("workers: [{stages: all, devices: cuda:99}]", "device: "),
-        ("workers: [{stages: all}]\ntransfer: {pool_bytes: 9TiB, budget_bytes: 9TiB}", "transfer.pool_bytes: given "),
+        ("workers: [{stages: all}]\ntransfer: {pool_bytes: 9TiB, budget_bytes: 9TiB}", "transfer.budget_bytes: given "),
     ],
 )
 def test_a_layout_that_cannot_be_is_one_line(content: str, line: str) -> None:

@@ -196,6 +196,7 @@ def _url(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
+@pytest.mark.slow
 def test_edits_take_several_pictures(serving: Callable[..., OpenAI]) -> None:
     client = serving("qwen-image-edit-plus")
     pictures = {name: [_png(seed) for seed in seeds] for name, seeds in {"one": [0], "two": [0, 1]}.items()}
@@ -213,6 +214,7 @@ def test_edits_take_several_pictures(serving: Callable[..., OpenAI]) -> None:
         client.images.edit(image=_png(0), mask=_png(1), prompt="a hat")
 
 
+@pytest.mark.slow
 def test_a_masks_hole_is_painted_anew(serving: Callable[..., OpenAI]) -> None:
     client = serving("qwen-image", "--workflow", "inpaint")
     hole = picture(0).convert("RGBA")
@@ -267,6 +269,7 @@ def test_a_clip_from_its_order_to_its_end(serving: Callable[..., OpenAI], tmp_pa
         client.images.generate(prompt="a cat")
 
 
+@pytest.mark.slow
 def test_a_clip_begins_with_a_picture(serving: Callable[..., OpenAI]) -> None:
     client = serving("wan-i2v")
     fields: dict[str, Any] = {

@@ -157,6 +157,7 @@ def test_encoding_and_back(emoji: Server) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_clips(wan: Server) -> None:
     url, latents, vae = f"{wan.url}/v1/vae/decode", noise(1, 16, 2, 4, 4), wan_vae()
     expected = decoded(vae, latents)

@@ -74,6 +74,7 @@ def test_a_worker_that_ends_later_is_told_of_once(start: Callable[..., Early], s
     assert ends == ["slot-0 0"]
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_as_if_nothing_had_been_started() -> None:
     with pytest.raises(Unsupported, match="given 'nonsense'; allowed: text2image") as caught:
         Engine.open("emoji", device="cpu", isolate=True, workflow="nonsense")

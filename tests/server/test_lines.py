@@ -76,7 +76,10 @@ def test_the_next_request_has_its_time_too() -> None:
         for _ in range(3):
             time.sleep(0.3)
             line.sendall(HEAD + b"\r\n")
-            assert line.recv(10_000).startswith(b"HTTP/1.1 200 ")
+            answer = line.recv(10_000)
+            while not answer.endswith(b"}"):  # the body may come by itself
+                answer += line.recv(10_000)
+            assert answer.startswith(b"HTTP/1.1 200 ")
         line.sendall(HEAD)
         assert 0.2 < closed_after(line) < 4
 
