@@ -92,7 +92,7 @@ def test_told_to_stop_while_it_loads_it_leaves_nothing() -> None:
         ("workers: [{stages: paint}]", "workers[0].stages[0]: given 'paint'; allowed: 'encode', 'denoise', 'decode'"),
         ("workers: [{stages: encode}]", "workers: given 'encode'; allowed: one for denoise, decode too"),
         ("workers: [{stages: all}", "layout: given 'wrong.yaml'; allowed: YAML (line "),
-        ("workers: [{stages: all, devices: cuda:99}]", "device: "),
+        pytest.param("workers: [{stages: all, devices: cuda:99}]", "device: ", marks=pytest.mark.slow),
         ("workers: [{stages: all}]\ntransfer: {pool_bytes: 9TiB, budget_bytes: 9TiB}", "transfer.budget_bytes: given "),
     ],
 )

@@ -83,6 +83,7 @@ def test_what_is_wrong_is_said_as_if_nothing_had_been_started() -> None:
         Engine.open("emoji", device="xpu", isolate=True)
 
 
+@pytest.mark.slow
 def test_a_model_without_all_the_stages_is_served_in_those_that_it_has() -> None:
     with Engine.open(str(folder("ddpm")), device="cpu", isolate=True) as engine:
         assert [part.name for part in engine.topology.stages] == ["denoise"]
