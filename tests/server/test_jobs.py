@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
@@ -369,36 +368,6 @@ def test_a_long_wait_is_cut(client: TestClient, engine: FakeEngine, monkeypatch:
 def test_a_wait_that_is_no_time_is_refused(client: TestClient, engine: FakeEngine, preference: str) -> None:
     answer = client.post("/v1/jobs", json={"prompt": "a"}, headers={"Prefer": preference})
     assert "wait=600" in refused(answer, 422, "invalid_request", "prefer") and not engine.submitted
-
-
-def test_a_client_that_hangs_up_while_it_waits_cancels_its_job(engine: FakeEngine) -> None:
-    left = asyncio.Event()
-    sent: list[Any] = []
-    body = iter([{"type": "http.request", "body": b'{"prompt": "a"}', "more_body": False}])
-
-    async def receive() -> Any:
-        if (part := next(body, None)) is not None:
-            return part
-        await left.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async def call() -> None:
-        scope = {
-            "type": "http", "method": "POST", "path": "/v1/jobs", "raw_path": b"/v1/jobs", "query_string": b"",
-            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"prefer", b"wait=60")],
-            "http_version": "1.1", "scheme": "http",
-        }  # fmt: skip
-        running = asyncio.create_task(create_app(engine, ServeSection(), version="1")(scope, receive, send))
-        while not engine.views:
-            await asyncio.sleep(0.01)
-        left.set()
-        await asyncio.wait_for(running, 10)
-
-    asyncio.run(call())
-    assert [view.record.state for view in engine.views.values()] == ["cancelled"]
 
 
 def until(holds: Callable[[], Any]) -> None:

@@ -63,7 +63,7 @@ CONTROL = "control.sock"
 
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 """For processes that share processors: threads that spin while they wait for those that another process has ousted
-make seconds of milliseconds (16 small pictures by three processes on two processors: 54 s, and 7 s with this)."""
+make seconds of milliseconds."""
 
 MAX_SOCKETS_PATH = 64
 """Bytes of a folder's path that leave room for the names of sockets in it: a socket's whole path has about 100."""
