@@ -48,7 +48,7 @@ from triptych.stage import (  # noqa: E402
     StepDone,
 )
 from triptych.transfer import Exchange, Payload  # noqa: E402
-from triptych.worker import Opened, Uplink, Worker, WorkerSettings, ZmqUplink  # noqa: E402
+from triptych.worker import Opened, Uplink, Worker, WorkerSettings, ProcessUplink  # noqa: E402
 from triptych.worker.main import signals  # noqa: E402
 
 __all__ = ["WaitingStage", "alone", "cluster"]
@@ -179,7 +179,7 @@ def main(stage: StageName, seconds: str, socket: str) -> None:
     opened = Opened(_topology(), "waiting", stages, Placement(torch.device("cpu")))
 
     def connect(hello: Hello) -> Uplink:
-        return ZmqUplink(socket, hello)
+        return ProcessUplink(socket, hello)
 
     with Exchange(settings.transfer) as exchange:
         worker = Worker(settings, connect, exchange, opened)

@@ -64,7 +64,10 @@ class Line:
         return self._frame(_IDLE, self._sent)
 
     def resume(self) -> list[bytes]:
-        """What to send after the connection came back: everything not acknowledged, and a request for the same."""
+        """What to send after the connection came back: everything not acknowledged, and a request for the same. Nothing
+        if the conversation has not begun."""
+        if not self._sent:
+            return []
         return [*self._repeat(), self._frame(_AGAIN, self._sent)]
 
     def take(self, frame: bytes) -> Taken:

@@ -31,7 +31,7 @@ from triptych.noise import hush
 from triptych.request import StageName
 from triptych.stage import Admitted, Full, Refused, Stage, StageTask
 from triptych.transfer import Exchange, ExchangeStats, Fetched, Payload, TransferSettings
-from triptych.worker import Opened, Worker, WorkerSettings, ZmqUplink, build_stage
+from triptych.worker import Opened, ProcessUplink, Worker, WorkerSettings, build_stage
 from triptych.worker.main import signals
 
 __all__ = ["FaultyExchange", "transfer_settings"]
@@ -149,7 +149,7 @@ def main() -> int:
     with contextlib.closing(FaultyExchange(settings.transfer, folder=Path(given.folder))) as exchange:
         remote = exchange.remote = Remote(given.panel, given.name, {"numbers": exchange.numbers})
         opened = _open(settings.stages, remote)
-        worker = Worker(settings, lambda hello: ZmqUplink(given.join, hello, keys), exchange, opened)
+        worker = Worker(settings, lambda hello: ProcessUplink(given.join, hello, keys), exchange, opened)
         with signals(worker, exchange):
             worker.run()
     return 0

@@ -48,9 +48,9 @@ from pathlib import Path
 from tests.cluster.wires import hello
 from triptych.cluster.keys import load_client_keys
 from triptych.messages import Cancel, Proved, Welcome
-from triptych.worker.uplink import ZmqUplink
+from triptych.worker.uplink import ProcessUplink
 
-with ZmqUplink(sys.argv[2] + ":7000", hello(), load_client_keys(Path(sys.argv[1]) / "a.key")) as uplink:
+with ProcessUplink(sys.argv[2] + ":7000", hello(), load_client_keys(Path(sys.argv[1]) / "a.key")) as uplink:
     assert isinstance(uplink.receive(30), Welcome)
     print("welcome", flush=True)
     for number in range({COUNT}):

@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import logging
 import os
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -20,6 +22,7 @@ import pytest
 import zmq
 
 from tests.cluster.wires import PATIENCE, Cable, Coordinator, environment, hello, wait_until
+from triptych.cluster.doors import Came, UnixDoor
 from triptych.cluster.jobs import Link
 from triptych.cluster.keys import ServerKeys, load_client_keys, make_client_keys, make_server_keys, remove_client
 from triptych.cluster.network import Listener
@@ -40,7 +43,8 @@ from triptych.messages import (
     decode_to_worker,
     encode,
 )
-from triptych.worker.uplink import ZmqUplink
+from triptych.stream import GREETING, Stream
+from triptych.worker.uplink import ProcessUplink
 
 
 @pytest.fixture
@@ -65,25 +69,45 @@ def listener(coordinator: Coordinator, at: str, keys: ServerKeys) -> Iterator[Li
         yield listening
 
 
+class Raw:
+    """A peer at a Unix socket that need not behave."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._stream = Stream(connection)
+        self._frames: list[bytes] = []
+
+    def send(self, frame: bytes) -> None:
+        self._stream.send(frame)
+
+    def send_bytes(self, data: bytes) -> None:
+        self._stream.connection.sendall(data)
+
+    def receive(self, seconds: float = PATIENCE) -> bytes:
+        """The next frame. Raises ConnectionResetError once the other end has hung up."""
+        while not self._frames:
+            assert select.select([self._stream.connection], [], [], seconds)[0]
+            self._frames = self._stream.receive()
+        return self._frames.pop(0)
+
+
 @contextlib.contextmanager
-def raw(at: str, incarnation: str) -> Iterator[zmq.Socket[bytes]]:
-    """A bare socket of a peer that need not behave."""
-    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
-        dealer.set(zmq.ROUTING_ID, incarnation.encode())
-        dealer.set(zmq.LINGER, 0)
-        dealer.connect(at)
-        yield dealer
+def raw(at: str, incarnation: str) -> Iterator[Raw]:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(at.removeprefix("ipc://"))
+        peer = Raw(connection)
+        assert peer.receive() == GREETING
+        peer.send(incarnation.encode())
+        yield peer
 
 
-def answer(dealer: zmq.Socket[bytes], line: Line) -> ToWorker:
+def answer(peer: Raw, line: Line) -> ToWorker:
     while True:
-        assert dealer.poll(int(PATIENCE) * 1000)
-        body, _ = line.take(dealer.recv())
+        body, _ = line.take(peer.receive())
         if body is not None:
             return decode_to_worker(body)
 
 
-def receive(uplink: ZmqUplink) -> ToWorker:
+def receive(uplink: ProcessUplink) -> ToWorker:
     message = uplink.receive(PATIENCE)
     assert message is not None
     return message
@@ -92,7 +116,7 @@ def receive(uplink: ZmqUplink) -> ToWorker:
 def test_a_worker_joins_says_and_hears_in_order_and_leaves(
     coordinator: Coordinator, listener: Listener, at: str
 ) -> None:
-    with ZmqUplink(at, hello()) as uplink:
+    with ProcessUplink(at, hello()) as uplink:
         assert isinstance(receive(uplink), Welcome)
         for number in range(500):
             uplink.send(Proved(healthy=True, reason=str(number)))
@@ -128,7 +152,7 @@ def test_after_a_pause_workers_are_heard_before_they_are_judged(
 
     monkeypatch.setattr(coordinator, "tick", tick)
     monkeypatch.setattr(coordinator, "hear", hear)
-    with Listener(coordinator, [at]), ZmqUplink(at, hello()) as uplink:
+    with Listener(coordinator, [at]), ProcessUplink(at, hello()) as uplink:
         uplink.send(Proved(healthy=True, reason="pause"))
         assert stopped.wait(PATIENCE)
         go_on.set()
@@ -139,7 +163,7 @@ def test_after_a_pause_workers_are_heard_before_they_are_judged(
 
 def test_a_listed_key_joins_over_tcp(coordinator: Coordinator, listener: Listener, keys: ServerKeys) -> None:
     client = load_client_keys(make_client_keys(keys.clients.parent, "gpu-1"))
-    with ZmqUplink(listener.endpoints[1], hello(), client) as uplink:
+    with ProcessUplink(listener.endpoints[1], hello(), client) as uplink:
         assert isinstance(receive(uplink), Welcome)
 
 
@@ -149,7 +173,7 @@ def test_a_key_that_is_not_listed_is_refused_on_both_sides(
     stranger = make_server_keys(tmp_path / "elsewhere")
     client = load_client_keys(make_client_keys(keys.clients.parent, "a"))
     client = dataclasses.replace(client, public=stranger.public, secret=stranger.secret)
-    with ZmqUplink(listener.endpoints[1], hello(), client) as uplink:
+    with ProcessUplink(listener.endpoints[1], hello(), client) as uplink:
         refused = receive(uplink)
     assert isinstance(refused, Refused) and not refused.again
     assert "does not have this key on its list" in refused.reason
@@ -162,7 +186,7 @@ def test_a_server_with_another_key_is_refused(
 ) -> None:
     client = load_client_keys(make_client_keys(keys.clients.parent, "a"))
     other = dataclasses.replace(client, server=make_server_keys(tmp_path / "elsewhere").public)
-    with ZmqUplink(listener.endpoints[1], hello(), other) as uplink:
+    with ProcessUplink(listener.endpoints[1], hello(), other) as uplink:
         refused = receive(uplink)
     assert isinstance(refused, Refused) and "its key is not the one" in refused.reason
     assert not coordinator.links
@@ -170,9 +194,12 @@ def test_a_server_with_another_key_is_refused(
 
 def test_a_worker_without_keys_is_refused(coordinator: Coordinator, listener: Listener) -> None:
     with pytest.raises(InvalidRequest, match="key file") as caught:
-        ZmqUplink(listener.endpoints[1], hello())
+        ProcessUplink(listener.endpoints[1], hello())
     assert caught.value.field == "key"
-    with raw(listener.endpoints[1], "first") as dealer:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.set(zmq.ROUTING_ID, b"first")
+        dealer.set(zmq.LINGER, 0)
+        dealer.connect(listener.endpoints[1])
         dealer.send(Line().send(encode(hello())))
         assert not dealer.poll(1000)
     assert not coordinator.links
@@ -182,14 +209,14 @@ def test_a_key_can_be_added_and_taken_away_while_it_listens(
     coordinator: Coordinator, listener: Listener, keys: ServerKeys
 ) -> None:
     client = load_client_keys(make_client_keys(keys.clients.parent, "late"))
-    with ZmqUplink(listener.endpoints[1], hello(), client) as uplink:
+    with ProcessUplink(listener.endpoints[1], hello(), client) as uplink:
         assert isinstance(receive(uplink), Welcome)
         remove_client(keys.clients.parent, "late")
         refused = receive(uplink)
         assert refused == Refused(reason="its key is no longer on the list")
     wait_until(lambda: coordinator.gone)
     assert coordinator.gone == [("first", "its key is no longer on the list")]
-    with ZmqUplink(listener.endpoints[1], hello("second"), client) as uplink:
+    with ProcessUplink(listener.endpoints[1], hello("second"), client) as uplink:
         assert isinstance(receive(uplink), Refused)
 
 
@@ -242,7 +269,7 @@ def test_a_second_coordinator_does_not_take_the_socket_of_the_first(
 ) -> None:
     with pytest.raises(InvalidRequest, match="another coordinator listens"):
         Listener(Coordinator(), [at])
-    with ZmqUplink(at, hello()) as uplink:
+    with ProcessUplink(at, hello()) as uplink:
         assert isinstance(receive(uplink), Welcome)
     assert "first" in coordinator.links
 
@@ -250,7 +277,7 @@ def test_a_second_coordinator_does_not_take_the_socket_of_the_first(
 def test_nothing_is_left_behind(coordinator: Coordinator, at: str) -> None:
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     for number in range(3):
-        with Listener(coordinator, [at]), ZmqUplink(at, hello(str(number))) as uplink:
+        with Listener(coordinator, [at]), ProcessUplink(at, hello(str(number))) as uplink:
             assert isinstance(receive(uplink), Welcome)
     assert not Path(at.removeprefix("ipc://")).exists()
     assert threading.active_count() == threads
@@ -259,7 +286,7 @@ def test_nothing_is_left_behind(coordinator: Coordinator, at: str) -> None:
 
 def test_a_worker_comes_back_by_itself_to_a_restarted_coordinator(at: str) -> None:
     first, second = Coordinator(), Coordinator()
-    with Listener(first, [at]) as listener, ZmqUplink(at, hello()) as uplink:
+    with Listener(first, [at]) as listener, ProcessUplink(at, hello()) as uplink:
         assert isinstance(receive(uplink), Welcome)
         listener.close()
         with Listener(second, [at]):
@@ -285,7 +312,7 @@ def test_a_coordinator_that_is_killed_leaves_a_place_for_the_next(coordinator: C
     with subprocess.Popen([sys.executable, "-c", code, at], stdin=pipe, stdout=pipe, env=environment()) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"listening\n"
-        with ZmqUplink(at, hello()) as uplink:
+        with ProcessUplink(at, hello()) as uplink:
             assert isinstance(receive(uplink), Welcome)
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -299,7 +326,7 @@ def test_a_cable_pulled_and_put_back_loses_and_repeats_nothing(
 ) -> None:
     client = load_client_keys(make_client_keys(keys.clients.parent, "a"))
     port = int(listener.endpoints[1].rpartition(":")[2])
-    with Cable(port) as cable, ZmqUplink(cable.at, hello(), client) as uplink:
+    with Cable(port) as cable, ProcessUplink(cable.at, hello(), client) as uplink:
         assert isinstance(receive(uplink), Welcome)
         link = coordinator.links["first"]
         for number in range(200):
@@ -321,7 +348,7 @@ def test_an_outage_behind_something_that_answers_is_waited_out(
 ) -> None:
     client = load_client_keys(make_client_keys(keys.clients.parent, "a"))
     port = int(listener.endpoints[1].rpartition(":")[2])
-    with Cable(port) as cable, ZmqUplink(cable.at, hello(), client) as uplink:
+    with Cable(port) as cable, ProcessUplink(cable.at, hello(), client) as uplink:
         assert isinstance(receive(uplink), Welcome)
         cable.pull()  # from now on connections are taken and closed, as by a proxy with nothing behind it
         assert uplink.receive(4.0) is None, "a worker that was welcome does not leave for that"
@@ -354,7 +381,7 @@ def test_a_worker_at_whose_hello_the_coordinator_fails_may_try_again(
         hear(hello, link)
 
     monkeypatch.setattr(coordinator, "hello", picky)
-    with ZmqUplink(at, hello()) as uplink:
+    with ProcessUplink(at, hello()) as uplink:
         refused = receive(uplink)
         assert isinstance(refused, Refused) and refused.again
         assert isinstance(receive(uplink), Welcome)
@@ -369,15 +396,61 @@ def test_what_cannot_be_read_is_logged_and_dropped(
         assert isinstance(answer(dealer, line), Welcome)
         for junk in (b"", b"?", b"\xff" * 40, line.send(b"\xc1 no msgpack"), line.send(encode(Stop()))):
             dealer.send(junk)
-        dealer.send_multipart([b"one", b"two", b"three"])
         dealer.send(line.send(encode(Loading(what="good"))))
         wait_until(lambda: coordinator.heard)
     assert coordinator.heard == [("first", Loading(what="good"))]
     assert sum("dropped" in record.getMessage() for record in caplog.records) == 5
 
 
+@pytest.mark.parametrize("junk", [b"GET / HTTP/1.1\r\n\r\n", b"\0\0\0\0", struct.pack("<I", 256) + bytes(256)])
+def test_what_is_no_worker_is_hung_up_and_the_others_go_on(
+    coordinator: Coordinator, listener: Listener, at: str, junk: bytes
+) -> None:
+    with socket.socket(socket.AF_UNIX) as connection, ProcessUplink(at, hello()) as uplink:
+        assert isinstance(receive(uplink), Welcome)
+        connection.connect(at.removeprefix("ipc://"))
+        peer = Raw(connection)
+        assert peer.receive() == GREETING
+        peer.send_bytes(junk)
+        with pytest.raises(ConnectionResetError):
+            peer.receive()
+        coordinator.links["first"].send(Cancel(job="x"))
+        assert receive(uplink) == Cancel(job="x")
+
+
+def test_who_comes_back_takes_the_place_of_its_dead_connection(
+    coordinator: Coordinator, listener: Listener, at: str
+) -> None:
+    line = Line()
+    with raw(at, "first") as dead, raw(at, "first") as alive:
+        alive.send(line.send(encode(hello())))
+        assert isinstance(answer(alive, line), Welcome)
+        with pytest.raises(ConnectionResetError):
+            dead.receive()
+        coordinator.links["first"].send(Cancel(job="x"))
+        assert answer(alive, line) == Cancel(job="x")
+
+
+def test_messages_that_no_socket_holds_pass_both_ways(coordinator: Coordinator, listener: Listener, at: str) -> None:
+    long = [f"{number}" * (3 << 20) for number in range(4)]
+    with ProcessUplink(at, hello()) as uplink:
+        assert isinstance(receive(uplink), Welcome)
+        for text in long:
+            uplink.send(Proved(healthy=True, reason=text))
+            coordinator.links["first"].send(Cancel(job=text))
+        assert [receive(uplink) for _ in long] == [Cancel(job=text) for text in long]
+        wait_until(lambda: len(coordinator.heard) == 4)
+    assert coordinator.heard == [("first", Proved(healthy=True, reason=text)) for text in long]
+
+
+def _asking_again() -> bytes:
+    line = Line()
+    line.send(b"")
+    return line.resume()[-1]
+
+
 def test_who_does_not_say_hello_is_told_to(coordinator: Coordinator, listener: Listener, at: str) -> None:
-    for frame in (Line().send(encode(Loading(what="x"))), Line().idle(), Line().resume()[0]):
+    for frame in (Line().send(encode(Loading(what="x"))), Line().idle(), _asking_again()):
         with raw(at, "x") as dealer:
             dealer.send(frame)
             refused = answer(dealer, Line())
@@ -393,7 +466,7 @@ def test_another_key_cannot_speak_for_a_worker(
     coordinator: Coordinator, listener: Listener, keys: ServerKeys, at: str
 ) -> None:
     client = load_client_keys(make_client_keys(keys.clients.parent, "a"))
-    with ZmqUplink(listener.endpoints[1], hello(), client) as uplink, raw(at, "first") as dealer:
+    with ProcessUplink(listener.endpoints[1], hello(), client) as uplink, raw(at, "first") as dealer:
         assert isinstance(receive(uplink), Welcome)
         liar = Line()
         liar.send(b"")
@@ -404,7 +477,7 @@ def test_another_key_cannot_speak_for_a_worker(
 
 
 def test_links_are_sent_over_from_many_threads(coordinator: Coordinator, listener: Listener, at: str) -> None:
-    with ZmqUplink(at, hello()) as uplink:
+    with ProcessUplink(at, hello()) as uplink:
         assert isinstance(receive(uplink), Welcome)
         link = coordinator.links["first"]
         threads = [
@@ -424,7 +497,7 @@ def test_a_worker_that_takes_nothing_is_hung_up_and_the_others_go_on(
     coordinator: Coordinator, listener: Listener, at: str
 ) -> None:
     line = Line()
-    with raw(at, "deaf") as dealer, ZmqUplink(at, hello()) as uplink:
+    with raw(at, "deaf") as dealer, ProcessUplink(at, hello()) as uplink:
         dealer.send(line.send(encode(hello("deaf"))))
         assert isinstance(receive(uplink), Welcome)
         wait_until(lambda: "deaf" in coordinator.links)
@@ -439,7 +512,7 @@ def test_a_worker_that_takes_nothing_is_hung_up_and_the_others_go_on(
 def test_a_closed_link_sends_what_came_before_and_forgets_the_worker(
     coordinator: Coordinator, listener: Listener, at: str
 ) -> None:
-    with ZmqUplink(at, hello()) as uplink:
+    with ProcessUplink(at, hello()) as uplink:
         assert isinstance(receive(uplink), Welcome)
         link = coordinator.links["first"]
         link.send(Cancel(job="x"))
@@ -466,7 +539,7 @@ def test_a_coordinator_that_fails_at_one_message_hears_the_next(
         hear(incarnation, message)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(coordinator, "hear", picky)
-    with caplog.at_level(logging.ERROR), ZmqUplink(at, hello()) as uplink:
+    with caplog.at_level(logging.ERROR), ProcessUplink(at, hello()) as uplink:
         uplink.send(Loading(what="bad"))
         uplink.send(Loading(what="good"))
         wait_until(lambda: coordinator.heard)
@@ -482,17 +555,17 @@ def test_a_listener_that_stumbles_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     failures = iter([RuntimeError("a bug")])
-    listen = Listener._listen
+    take = UnixDoor.take
 
-    def stumble(self: Listener, door: object) -> None:
+    def stumble(door: UnixDoor) -> Iterator[Came]:
         for failure in failures:
             raise failure
-        listen(self, door)  # pyright: ignore[reportArgumentType]
+        yield from take(door)
 
-    monkeypatch.setattr(listener, "_listen", stumble.__get__(listener))
+    monkeypatch.setattr(UnixDoor, "take", stumble)
     wait_until(lambda: "the listener stumbled" in caplog.text)
     ticks = coordinator.ticks
-    with ZmqUplink(at, hello()) as uplink:
+    with ProcessUplink(at, hello()) as uplink:
         assert isinstance(receive(uplink), Welcome)
     wait_until(lambda: coordinator.ticks > ticks)
 
@@ -503,7 +576,7 @@ def test_large_messages_pass_and_larger_ones_are_refused_by_their_sender(
     def ready(size: int) -> Ready:
         return Ready(topology=bytes(size), capacity={}, credits={}, weights={})
 
-    with ZmqUplink(at, hello()) as uplink:
+    with ProcessUplink(at, hello()) as uplink:
         uplink.send(ready(8 << 20))
         wait_until(lambda: coordinator.heard)
         with pytest.raises(TriptychError, match="at most"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,7 +42,7 @@ import sys, time
 from pathlib import Path
 from tests.worker.fakes import ToyStage, toy_opened
 from triptych.transfer import Exchange
-from triptych.worker import Worker, WorkerSettings, ZmqUplink
+from triptych.worker import Worker, WorkerSettings, ProcessUplink
 from triptych.worker.main import signals
 
 endpoint, folder = sys.argv[1:]
@@ -49,7 +50,7 @@ stage = ToyStage()
 stage.toy.network.forward = lambda **_: (print("stuck", flush=True), time.sleep(600))
 with Exchange(folder=Path(folder)) as exchange:
     settings = WorkerSettings("toy")
-    worker = Worker(settings, lambda hello: ZmqUplink(endpoint, hello), exchange, toy_opened(stage))
+    worker = Worker(settings, lambda hello: ProcessUplink(endpoint, hello), exchange, toy_opened(stage))
     with signals(worker, exchange):
         worker.run()
 """
@@ -135,6 +136,16 @@ def test_the_second_signal_stops_whatever_runs(place: Path) -> None:
         own.child.send_signal(signal.SIGINT)
         code, _ = own.end()
         assert code == 1 and own.coordinator.wait(Goodbye).reason == "it was told to stop"
+    assert not own.folder.exists() or not any(own.folder.iterdir())
+
+
+def test_however_late_it_is_told_again_nothing_stays(place: Path) -> None:
+    with process(place, EMOJI) as own:
+        own.coordinator.wait(Ready)
+        while own.child.poll() is None:
+            own.child.send_signal(signal.SIGTERM)
+            time.sleep(0.001)
+        own.end()
     assert not own.folder.exists() or not any(own.folder.iterdir())
 
 

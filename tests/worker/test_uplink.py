@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import socket
 import threading
@@ -31,7 +32,7 @@ from triptych.messages import (
     ToWorker,
     Welcome,
 )
-from triptych.worker.uplink import SOFT_OUTBOX, ZmqUplink
+from triptych.worker.uplink import SOFT_OUTBOX, ProcessUplink
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def keys(tmp_path: Path) -> ClientKeys:
     return load_client_keys(make_client_keys(tmp_path / "keys", "a"))
 
 
-def receive(uplink: ZmqUplink) -> ToWorker:
+def receive(uplink: ProcessUplink) -> ToWorker:
     message = uplink.receive(PATIENCE)
     assert message is not None
     return message
@@ -68,7 +69,7 @@ def done(job: str) -> TaskDone:
 
 
 def test_receive_waits_no_longer_than_it_is_told(listener: Listener, at: str) -> None:
-    with ZmqUplink(at, hello()) as uplink:
+    with ProcessUplink(at, hello()) as uplink:
         assert isinstance(uplink.receive(None), Welcome)
         assert uplink.receive(0) is None
         assert uplink.receive(0.05) is None
@@ -76,7 +77,7 @@ def test_receive_waits_no_longer_than_it_is_told(listener: Listener, at: str) ->
 
 def test_a_worker_may_be_there_before_its_coordinator(coordinator: Coordinator, at: str) -> None:
     Path(at.removeprefix("ipc://")).parent.mkdir(mode=0o700)
-    with ZmqUplink(at, hello()) as uplink:
+    with ProcessUplink(at, hello()) as uplink:
         uplink.send(Proved(healthy=True))
         with Listener(coordinator, [at]):
             assert isinstance(receive(uplink), Welcome)
@@ -85,7 +86,7 @@ def test_a_worker_may_be_there_before_its_coordinator(coordinator: Coordinator, 
 
 
 def test_an_orphan_is_told_to_stop(coordinator: Coordinator, at: str) -> None:
-    with Listener(coordinator, [at]) as listener, ZmqUplink(at, hello(), orphan_seconds=1.0) as uplink:
+    with Listener(coordinator, [at]) as listener, ProcessUplink(at, hello(), orphan_seconds=1.0) as uplink:
         assert isinstance(receive(uplink), Welcome)
         assert uplink.receive(2.5) is None, "a coordinator with nothing to say is there nevertheless"
         listener.close()
@@ -96,7 +97,7 @@ def test_an_orphan_is_told_to_stop(coordinator: Coordinator, at: str) -> None:
 
 def test_a_worker_without_a_coordinator_says_where_it_looked(tmp_path: Path) -> None:
     at = f"ipc://{tmp_path / 'nobody'}"
-    with ZmqUplink(at, hello(), orphan_seconds=0.3) as uplink:
+    with ProcessUplink(at, hello(), orphan_seconds=0.3) as uplink:
         assert receive(uplink) == Refused(reason=f"no coordinator answered at {at} for 0.3 s")
 
 
@@ -106,13 +107,13 @@ def test_a_worker_without_a_coordinator_says_where_it_looked(tmp_path: Path) -> 
 )
 def test_what_is_no_endpoint_is_refused(endpoint: str, keys: ClientKeys) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        ZmqUplink(endpoint, hello(), keys)
+        ProcessUplink(endpoint, hello(), keys)
     assert caught.value.field == "join"
 
 
 def test_keys_that_are_none_are_refused(keys: ClientKeys) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        ZmqUplink("localhost:1", hello(), dataclasses.replace(keys, server="short"))
+        ProcessUplink("localhost:1", hello(), dataclasses.replace(keys, server="short"))
     assert caught.value.field == "join"
 
 
@@ -127,17 +128,39 @@ def test_something_else_at_the_address_is_noticed(keys: ClientKeys) -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with ZmqUplink(f"127.0.0.1:{server.getsockname()[1]}", hello(), keys) as uplink:
+        with ProcessUplink(f"127.0.0.1:{server.getsockname()[1]}", hello(), keys) as uplink:
             refused = receive(uplink)
         thread.join()
     assert isinstance(refused, Refused) and "is no coordinator" in refused.reason
 
 
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\1\0\0\0x"])
+def test_something_else_at_the_socket_is_noticed(tmp_path: Path, said: bytes) -> None:
+    path, ended = tmp_path / "socket", threading.Event()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        server.settimeout(0.05)
+
+        def answer() -> None:
+            while not ended.is_set():
+                with contextlib.suppress(TimeoutError, OSError), server.accept()[0] as connection:
+                    connection.sendall(said)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with ProcessUplink(f"ipc://{path}", hello()) as uplink:
+            refused = receive(uplink)
+        ended.set()
+        thread.join()
+    assert isinstance(refused, Refused) and "is no coordinator" in refused.reason
+
+
 def test_a_coordinator_that_is_stopped_is_waited_for(keys: ClientKeys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("triptych.worker.uplink.HANDSHAKE_SECONDS", 0.1)
+    monkeypatch.setattr("triptych.worker.wires.HANDSHAKE_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         at = f"127.0.0.1:{silent.getsockname()[1]}"
-        with ZmqUplink(at, hello(), keys, orphan_seconds=3.0) as uplink:
+        with ProcessUplink(at, hello(), keys, orphan_seconds=3.0) as uplink:
             assert uplink.receive(2.0) is None, "many handshakes time out meanwhile"
             refused = receive(uplink)
     assert isinstance(refused, Refused) and "no coordinator answered" in refused.reason
@@ -151,7 +174,7 @@ def test_a_final_refusal_ends_the_line(at: str) -> None:
             link.close()
 
     strict = Strict()
-    with Listener(strict, [at]), ZmqUplink(at, hello()) as uplink:
+    with Listener(strict, [at]), ProcessUplink(at, hello()) as uplink:
         assert receive(uplink) == Refused(reason="another model")
         uplink.send(Proved(healthy=True))
         assert uplink.receive(1.5) is None
@@ -160,7 +183,7 @@ def test_a_final_refusal_ends_the_line(at: str) -> None:
 
 
 def test_results_are_said_again_to_who_does_not_know_the_worker(coordinator: Coordinator, at: str) -> None:
-    with ZmqUplink(at, hello()) as uplink:
+    with ProcessUplink(at, hello()) as uplink:
         with Listener(Coordinator(), [at]):
             assert isinstance(receive(uplink), Welcome)
             uplink.send(Proved(healthy=True, reason="heard by the first"))
@@ -181,7 +204,7 @@ def test_results_are_said_again_to_who_does_not_know_the_worker(coordinator: Coo
 def test_who_leaves_says_no_hello_to_a_coordinator_that_has_forgotten_it(
     how: str, coordinator: Coordinator, listener: Listener, at: str
 ) -> None:
-    with ZmqUplink(at, hello()) as uplink:
+    with ProcessUplink(at, hello()) as uplink:
         assert isinstance(receive(uplink), Welcome)
         if how == "told to stop":
             coordinator.links["first"].send(Stop())
@@ -196,7 +219,7 @@ def test_who_leaves_says_no_hello_to_a_coordinator_that_has_forgotten_it(
 
 
 def test_every_return_is_a_new_incarnation(coordinator: Coordinator, listener: Listener, at: str) -> None:
-    with ZmqUplink(at, hello()) as uplink:
+    with ProcessUplink(at, hello()) as uplink:
         seen = []
         for _ in range(3):
             assert isinstance(receive(uplink), Welcome)
@@ -216,7 +239,7 @@ def test_a_worker_that_is_sent_away_again_and_again_asks_less_and_less_often(at:
             link.close()
 
     full = Full()
-    with Listener(full, [at]), ZmqUplink(at, hello()) as uplink:
+    with Listener(full, [at]), ProcessUplink(at, hello()) as uplink:
         for _ in range(4):
             assert receive(uplink) == Refused(reason="full", again=True)
         began = time.monotonic()
@@ -226,7 +249,7 @@ def test_a_worker_that_is_sent_away_again_and_again_asks_less_and_less_often(at:
 
 def test_without_a_coordinator_news_is_dropped_and_results_are_kept(coordinator: Coordinator, at: str) -> None:
     Path(at.removeprefix("ipc://")).parent.mkdir(mode=0o700)
-    with ZmqUplink(at, hello()) as uplink:
+    with ProcessUplink(at, hello()) as uplink:
         for number in range(2 * SOFT_OUTBOX):
             uplink.send(Heartbeat(kept=number))
         for number in range(100):
@@ -242,7 +265,7 @@ def test_what_may_wait_for_more_comes_in_order_and_without_more(
     coordinator: Coordinator, listener: Listener, at: str
 ) -> None:
     steps = [Stepped(job="a", stage="denoise", attempt=1, step=n, steps=9, seconds=0.01 * n) for n in range(1, 10)]
-    with ZmqUplink(at, hello()) as uplink:
+    with ProcessUplink(at, hello()) as uplink:
         for step in steps:
             uplink.send(step)
         uplink.send(done("a"))
@@ -250,7 +273,7 @@ def test_what_may_wait_for_more_comes_in_order_and_without_more(
 
 
 def test_closing_sends_what_is_queued(coordinator: Coordinator, listener: Listener, at: str) -> None:
-    uplink = ZmqUplink(at, hello())
+    uplink = ProcessUplink(at, hello())
     for number in range(1000):
         uplink.send(done(str(number)))
     uplink.send(Goodbye())
@@ -260,7 +283,7 @@ def test_closing_sends_what_is_queued(coordinator: Coordinator, listener: Listen
 
 
 def test_closing_without_a_coordinator_does_not_take_long(tmp_path: Path) -> None:
-    uplink = ZmqUplink(f"ipc://{tmp_path / 'nobody'}", hello())
+    uplink = ProcessUplink(f"ipc://{tmp_path / 'nobody'}", hello())
     began = time.monotonic()
     uplink.close()
     assert time.monotonic() - began < 10
@@ -271,7 +294,7 @@ def test_closing_without_a_coordinator_does_not_take_long(tmp_path: Path) -> Non
 
 def test_several_threads_may_send_and_receive(coordinator: Coordinator, listener: Listener, at: str) -> None:
     got: list[ToWorker | None] = []
-    with ZmqUplink(at, hello()) as uplink:
+    with ProcessUplink(at, hello()) as uplink:
         assert isinstance(receive(uplink), Welcome)
         threads = [threading.Thread(target=lambda: got.append(uplink.receive(PATIENCE))) for _ in range(4)]
         threads += [threading.Thread(target=uplink.send, args=(done(str(i)),)) for i in range(20)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -12,37 +11,15 @@ from typing import IO
 
 import zmq
 
+from triptych.cluster.doors import Door, UnixDoor, ZmqDoor, router
 from triptych.cluster.keys import ServerKeys
 from triptych.errors import InvalidRequest, Unsupported
-from triptych.line import MAX_MESSAGE, MAX_QUEUED
 
-__all__ = ["ZAP_DOMAIN", "Door", "open_door", "private_folder"]
+__all__ = ["ZAP_DOMAIN", "open_door", "private_folder"]
 
 ZAP_DOMAIN = "triptych"
 MAX_SOCKET_PATH = 107
 FORMS = "ipc://PATH, tcp://HOST:PORT or HOST:PORT"
-
-
-class Door:
-    """One bound ROUTER socket. `endpoint` is where it really is, its port chosen if none was given."""
-
-    def __init__(self, socket: zmq.Socket[bytes], endpoint: str, lock: IO[bytes] | None) -> None:
-        self.socket = socket
-        self.endpoint = endpoint
-        self.guarded = lock is None
-        """whether every frame carries the key of who sent it"""
-        self._lock = lock
-
-    def close(self) -> None:
-        """Closes the socket; what was sent is given half a second to leave."""
-        self.socket.close(linger=500)
-
-    def release(self) -> None:
-        """Leaves the place to others. Only after the context has ended: it takes the socket's file away late."""
-        if self._lock is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.endpoint.removeprefix("ipc://"))
-            self._lock.close()
 
 
 def open_door(context: zmq.Context[zmq.Socket[bytes]], given: str, keys: ServerKeys | None) -> Door:
@@ -55,24 +32,30 @@ def open_door(context: zmq.Context[zmq.Socket[bytes]], given: str, keys: ServerK
         raise InvalidRequest(
             f"{given} needs keys (`triptych keys`); without, only a Unix socket (ipc://PATH) is opened", field="keys"
         )
-    lock = _lock_path(Path(rest)) if scheme == "ipc" else None
-    router = _router(context)
-    router.set(zmq.IPV6, int(rest.startswith(("[", "*"))))
+    if scheme == "ipc":
+        return _unix_door(Path(rest), given)
+    socket = router(context)
+    socket.set(zmq.IPV6, int(rest.startswith(("[", "*"))))
     try:
-        if keys is not None and scheme == "tcp":
-            router.curve_server = True
-            router.curve_secretkey = keys.secret.encode()
-            router.zap_domain = ZAP_DOMAIN.encode()
-        router.bind(endpoint)
+        if keys is not None:
+            socket.curve_server = True
+            socket.curve_secretkey = keys.secret.encode()
+            socket.zap_domain = ZAP_DOMAIN.encode()
+        socket.bind(endpoint)
     except zmq.ZMQError as error:
-        router.close(linger=0)
-        if lock is not None:
-            lock.close()
+        socket.close(linger=0)
         raise _refusal(given, error) from None
-    if lock is not None:
-        os.chmod(rest, 0o600)
-    bound = router.get(zmq.LAST_ENDPOINT)
-    return Door(router, bound.rstrip(b"\0").decode() if isinstance(bound, bytes) else str(bound), lock)
+    bound = socket.get(zmq.LAST_ENDPOINT)
+    return ZmqDoor(socket, bound.rstrip(b"\0").decode() if isinstance(bound, bytes) else str(bound))
+
+
+def _unix_door(path: Path, given: str) -> Door:
+    lock = _lock_path(path)
+    try:
+        return UnixDoor(path, lock)
+    except OSError as error:
+        lock.close()
+        raise _refusal(given, error) from None
 
 
 def private_folder(folder: Path, name: str) -> None:
@@ -89,20 +72,8 @@ def private_folder(folder: Path, name: str) -> None:
         raise InvalidRequest(f"{folder} is open to others ({mode:04o}): chmod 700 {folder}", field=name)
 
 
-def _router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-    router = context.socket(zmq.ROUTER)
-    router.set(zmq.ROUTER_MANDATORY, 1)
-    router.set(zmq.ROUTER_HANDOVER, 1)  # a worker that reconnects takes its place from its dead connection
-    router.set(zmq.SNDHWM, 2 * MAX_QUEUED)  # the lines' own bounds come first
-    router.set(zmq.MAXMSGSIZE, MAX_MESSAGE + 64)
-    router.set(zmq.HEARTBEAT_IVL, 1000)
-    router.set(zmq.HEARTBEAT_TIMEOUT, 5000)
-    router.set(zmq.HANDSHAKE_IVL, 5000)
-    return router
-
-
 def _lock_path(path: Path) -> IO[bytes]:
-    # ZeroMQ takes a socket's file from whoever listens there; the lock tells a live listener from a dead one's file.
+    # The lock tells a live listener from a dead one's file.
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
         raise InvalidRequest.of("listen", str(path), f"a path of at most {MAX_SOCKET_PATH} bytes for a Unix socket")
     private_folder(path.parent, "listen")
@@ -118,7 +89,7 @@ def _lock_path(path: Path) -> IO[bytes]:
     return lock
 
 
-def _refusal(given: str, error: zmq.ZMQError) -> InvalidRequest | Unsupported:
+def _refusal(given: str, error: zmq.ZMQError | OSError) -> InvalidRequest | Unsupported:
     if error.errno == errno.EADDRINUSE:
         return InvalidRequest(f"the port of {given} is in use", field="listen")
     if error.errno in {errno.EINVAL, errno.ENODEV}:

@@ -1,8 +1,7 @@
-"""The coordinator's side of ZeroMQ: one thread that listens, hears workers, sends to them, and drives the clock."""
+"""The coordinator's ends of its workers' lines: one thread that listens, hears, sends, and drives the clock."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -14,13 +13,14 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from triptych.cluster.endpoints import Door, open_door
+from triptych.cluster.doors import Door
+from triptych.cluster.endpoints import open_door
 from triptych.cluster.jobs import Link
 from triptych.cluster.keys import AllowList, ServerKeys
 from triptych.cluster.zap import Gate
 from triptych.line import MAX_MESSAGE, MAX_QUEUED, BadFrame, Line, aside, first_body
 from triptych.messages import PROTOCOL, FromWorker, Hello, Refused, ToWorker, decode_from_worker, encode, protocol_of
-from triptych.sockets import SharedSockets
+from triptych.sockets import SharedSockets, ZmqSource
 
 __all__ = ["Listener"]
 
@@ -28,7 +28,6 @@ MAX_QUEUED_BYTES = 2 * MAX_MESSAGE
 MAX_LINKS = 4096
 STOPPED_SECONDS = 2.0
 STUMBLED_SECONDS = 0.1
-MAX_TURN = 256  # frames heard before the clock is looked at again
 MANY = 64  # messages heard that an acknowledgement waits for no longer
 
 _log = logging.getLogger(__name__)
@@ -108,7 +107,7 @@ class Listener:
         except BaseException:
             self._close_sockets()
             raise
-        self._shared.watch([door.socket for door in self._doors] + ([self._gate.socket] if self._gate else []))
+        self._shared.watch([*self._doors, *([ZmqSource(self._gate.socket)] if self._gate else [])])
         self._thread = threading.Thread(target=self._run, name="triptych-listener", daemon=True)
         self._thread.start()
 
@@ -151,7 +150,8 @@ class Listener:
         if self._gate is not None:
             self._gate.answer()
         for door in self._doors:
-            self._listen(door)
+            for identity, user, frame in door.take():
+                self._take(door, identity, user, frame)
         self._flush()
         now = time.monotonic()
         if now - self._last > STOPPED_SECONDS:  # we were stopped, not the workers silent: they are heard first
@@ -173,16 +173,6 @@ class Listener:
                 self._put(link, link.line.idle())
         self._tell(self._coordinator.tick)
         self._flush()
-
-    def _listen(self, door: Door) -> None:
-        for _ in range(MAX_TURN):
-            try:
-                parts = door.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            if len(parts) == 2:
-                user = str(parts[1].get("User-Id")) if door.guarded else ""
-                self._take(door, parts[0].bytes, user, parts[1].bytes)
 
     def _take(self, door: Door, identity: bytes, user: str, frame: bytes) -> None:
         incarnation = identity.decode(errors="replace")
@@ -222,7 +212,7 @@ class Listener:
         else:
             self._links[hello.incarnation] = link = NetworkLink(door, hello.incarnation, user, self._queue)
             return link
-        self._send(door, identity, aside(encode(refused)))
+        door.put(identity, aside(encode(refused)))
         return None
 
     def _hear(self, link: NetworkLink, message: FromWorker) -> None:
@@ -289,12 +279,8 @@ class Listener:
         self._links.pop(link.incarnation, None)
 
     def _put(self, link: NetworkLink, frame: bytes) -> None:
-        self._send(link.door, link.incarnation.encode(), frame)
-
-    def _send(self, door: Door, identity: bytes, frame: bytes) -> None:
-        # Not connected now, or its buffers are full: the line repeats what was lost when it is heard of again.
-        with contextlib.suppress(zmq.ZMQError):
-            door.socket.send_multipart([identity, frame], zmq.NOBLOCK)
+        # What is lost because it cannot be sent now the line repeats when the worker is heard of again.
+        link.door.put(link.incarnation.encode(), frame)
 
     def _close_sockets(self) -> None:
         self._open = False

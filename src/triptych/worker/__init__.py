@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from triptych.worker.replay import keep_task, read_payload, replay_task, write_payload
     from triptych.worker.settings import WorkerSettings
     from triptych.worker.stages import build_stage, run_alone
-    from triptych.worker.uplink import ZmqUplink
+    from triptych.worker.uplink import ProcessUplink
     from triptych.worker.wire import StageSpec
     from triptych.worker.worker import Worker
 
@@ -26,7 +26,7 @@ _FILES = {
     "replay": ("keep_task", "read_payload", "replay_task", "write_payload"),
     "settings": ("WorkerSettings",),
     "stages": ("build_stage", "run_alone"),
-    "uplink": ("ZmqUplink",),
+    "uplink": ("ProcessUplink",),
     "wire": ("StageSpec",),
     "worker": ("Worker",),
 }
@@ -37,12 +37,12 @@ __all__ = [
     "LocalCoordinator",
     "LocalLink",
     "Opened",
+    "ProcessUplink",
     "StageProcess",
     "StageSpec",
     "Uplink",
     "Worker",
     "WorkerSettings",
-    "ZmqUplink",
     "build_stage",
     "keep_task",
     "open_for",

@@ -19,7 +19,8 @@ from triptych.transfer import Exchange
 from triptych.worker.line import Uplink
 from triptych.worker.opening import Opened, keep_memory, settle
 from triptych.worker.settings import WorkerSettings
-from triptych.worker.uplink import CurveKeys, ZmqUplink
+from triptych.worker.uplink import ProcessUplink
+from triptych.worker.wires import CurveKeys
 from triptych.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -42,26 +43,27 @@ def worker_main(
     stopped, 2 for an error that says what is wrong (with the settings, the model, the keys), 1 for any other.
 
     SIGTERM and SIGINT drain it; the second stops it, whatever it is at. `endpoint` and `keys` are the coordinator's,
-    see `ZmqUplink`; `folder` is the private one for the exchange's socket; into the file `topology` goes what the model
-    consists of, as soon as that is known. One line per event goes to standard error.
+    see `ProcessUplink`; `folder` is the private one for the exchange's socket; into the file `topology` goes what the
+    model consists of, as soon as that is known. One line per event goes to standard error.
     """
     hush()
     keep_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        with contextlib.closing(Exchange(settings.transfer, folder=folder)) as exchange:
+        exchange = Exchange(settings.transfer, folder=folder)
 
-            def connect(hello: Hello) -> Uplink:
-                return ZmqUplink(endpoint, hello, keys, orphan_seconds)
+        def connect(hello: Hello) -> Uplink:
+            return ProcessUplink(endpoint, hello, keys, orphan_seconds)
 
-            def described(opened: Opened) -> None:
-                if topology is not None:
-                    _write(topology, topology_to_bytes(opened.topology))
+        def described(opened: Opened) -> None:
+            if topology is not None:
+                _write(topology, topology_to_bytes(opened.topology))
 
-            worker = Worker(settings, connect, exchange, described=described, loaded=settle)
-            with signals(worker, exchange):
-                worker.run()
+        worker = Worker(settings, connect, exchange, described=described, loaded=settle)
+        # Closed before signals end the process again: one that came between would leave the socket behind.
+        with signals(worker, exchange), contextlib.closing(exchange):
+            worker.run()
     except TriptychError as error:
         logger.error("%s", error)
         return EXIT_REFUSED

@@ -1,9 +1,8 @@
-"""A worker's line to a coordinator over ZeroMQ: one thread that sends, hears, reconnects, and knows when to give up."""
+"""A worker's line to a coordinator elsewhere: one thread that sends, hears, reconnects, and knows when to give up."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import queue
 import threading
@@ -11,11 +10,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Protocol
 
 import msgspec
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from triptych.errors import InvalidRequest, Unsupported
 from triptych.line import MAX_MESSAGE, MAX_QUEUED, BadFrame, Line
@@ -38,8 +35,9 @@ from triptych.messages import (
     encode,
 )
 from triptych.sockets import SharedSockets
+from triptych.worker.wires import CurveKeys, Event, Wire, open_wire
 
-__all__ = ["CurveKeys", "ZmqUplink"]
+__all__ = ["ProcessUplink"]
 
 PING_SECONDS = 1.0
 SOFT_OUTBOX = 256  # above it, news of the moment is dropped
@@ -49,28 +47,13 @@ FLUSH_SECONDS = 2.0
 MAX_BACK_OFF = 5.0
 RECONNECT_SECONDS = 0.5
 STOPPED_SECONDS = 2.0  # a pause of the loop longer than this was a stopped process, not a silent coordinator
-FAILED_HANDSHAKES = 3
-HANDSHAKE_SECONDS = 5.0
 NEWS = (Heartbeat, Stepped, Loading)
-HUNG_UP = (errno.EPIPE, errno.ECONNRESET)  # a coordinator that is only slow or stopped gives another error
-NO_GREETING = (zmq.EVENT_DISCONNECTED, zmq.EVENT_CONNECTED)  # the one right after the other
 CARRIED = (TaskDone, Checkpointed, Failed)
 
 _log = logging.getLogger(__name__)
 
 
-class CurveKeys(Protocol):
-    """A client's pair and its server's public key, in Z85."""
-
-    @property
-    def public(self) -> str: ...
-    @property
-    def secret(self) -> str: ...
-    @property
-    def server(self) -> str: ...
-
-
-class ZmqUplink:
+class ProcessUplink:
     """The worker's end. Says `hello` at once, and again, as a new incarnation, whenever the coordinator does not know
     it (any more); the worker sees that by the Refused(again=True) and the Welcome it receives. A connection that comes
     back loses and repeats nothing. All methods may be called from any thread.
@@ -105,12 +88,9 @@ class ZmqUplink:
         self._heard = self._said = self._last = time.monotonic()
         self._rung = 0.0
         self._back_off = 0.0
-        self._failed_handshakes = 0
-        self._connections = 0
-        self._event = 0
         self._line = Line()
         try:
-            self._dealer, self._monitor = self._connect()
+            self._wire = self._connect()
         except BaseException:
             self._close_rest()
             raise
@@ -177,42 +157,38 @@ class ZmqUplink:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def __enter__(self) -> ZmqUplink:
+    def __enter__(self) -> ProcessUplink:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _connect(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-        dealer = self._context.socket(zmq.DEALER)
-        monitor = dealer.get_monitor_socket()
+    def _connect(self) -> Wire:
         try:
-            _configure(dealer, self._hello.incarnation)
-            if self._keys is not None:
-                dealer.curve_publickey = self._keys.public.encode()
-                dealer.curve_secretkey = self._keys.secret.encode()
-                dealer.curve_serverkey = self._keys.server.encode()
-            _check_port(self._endpoint)
-            dealer.connect(self._endpoint)
-        except (zmq.ZMQError, ValueError) as error:
-            _hang_up(dealer, monitor)
+            wire = open_wire(self._context, self._endpoint, self._hello.incarnation.encode(), self._keys)
+        except ValueError as error:
             allowed = f"tcp://HOST:PORT or ipc://PATH, and CURVE keys ({error})"
             raise InvalidRequest.of("join", self._endpoint, allowed) from None
-        self._shared.watch((dealer, monitor))
-        return dealer, monitor
+        self._shared.watch([wire])
+        return wire
+
+    def _connect_anew(self, pause: float) -> None:
+        self._wire.close()
+        self._closing.wait(pause)
+        self._wire = self._connect()
 
     def _say_hello(self) -> None:
         """Begins a conversation. Results that the other end of the former one may not have heard of follow."""
         with self._lock:
             unsaid = [*self._line.unacknowledged(), *self._outbox]
-            self._line, self._connections = Line(), 0
+            self._line = Line()
             carried = [body for body in unsaid if isinstance(decode_from_worker(body), CARRIED)]
             self._outbox = deque([encode(self._hello), *carried])
 
     def _run(self) -> None:
         try:
             while not self._is_done():
-                self._shared.wait(0.05 if self._closing.is_set() else 0.25)
+                self._shared.wait(0.05 if self._closing.is_set() or self._wire.impatient else 0.25)
                 with self._shared.turn():
                     self._turn(time.monotonic())
         except Exception:
@@ -221,14 +197,13 @@ class ZmqUplink:
         finally:
             with self._shared.turn():
                 self._ended = True
-                _hang_up(self._dealer, self._monitor, linger=100)
+                self._wire.close(linger=0.1)
                 self._close_rest()
 
     def _turn(self, now: float) -> None:
         if now - self._last > STOPPED_SECONDS:
             self._heard += now - self._last
         self._last = now
-        self._watch()
         self._listen(now)
         self._flush()
         self._mind(now)
@@ -241,57 +216,39 @@ class ZmqUplink:
             nothing_left = not self._outbox and not self._line.kept
         return self._ended or nothing_left or time.monotonic() > self._leave_by
 
-    def _watch(self) -> None:
-        """Looks at what happened to the connection."""
-        while (seen := self._seen()) is not None:
-            event = seen["event"]
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._failed_handshakes = 0
-                self._connections += 1
-                for frame in self._line.resume() if self._connections > 1 else ():
-                    self._put(frame)
-            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                self._end(Refused(reason=f"the coordinator at {self._endpoint} does not have this key on its list"))
-            elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and seen["value"] in HUNG_UP:
-                self._failed_handshakes += 1
-            # ZeroMQ does not try again after either of these.
-            broken = event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL or (event, self._event) == NO_GREETING
-            self._event = event
-            if broken and self._welcomed:
-                self._connect_anew()
-            elif not self._welcomed and (broken or self._failed_handshakes >= FAILED_HANDSHAKES):
-                self._end(Refused(reason=self._no_handshake()))
-
-    def _connect_anew(self) -> None:
-        """Something else answered where a coordinator was and may be again; the conversation goes on."""
-        _hang_up(self._dealer, self._monitor)
-        self._closing.wait(RECONNECT_SECONDS)
-        self._dealer, self._monitor = self._connect()
-
-    def _seen(self) -> Any:
-        try:
-            return recv_monitor_message(self._monitor, zmq.NOBLOCK)
-        except zmq.Again:
-            return None
-
-    def _no_handshake(self) -> str:
-        return f"what answers at {self._endpoint} is no coordinator, or its key is not the one that the key file names"
-
     def _listen(self, now: float) -> None:
-        for _ in range(MANY):
-            try:
-                frame = self._dealer.recv(zmq.NOBLOCK)
-            except zmq.Again:
+        wire = self._wire
+        for one in wire.take():
+            if isinstance(one, Event):
+                self._heed(one)
+            else:
+                self._heard = now
+                self._take(one)
+            if self._wire is not wire:
                 return
-            self._heard = now
-            try:
-                body, replies = self._line.take(frame)
-                for reply in replies:
-                    self._put(reply)
-                if body is not None:
-                    self._obey(decode_to_worker(body))
-            except (BadFrame, msgspec.DecodeError) as error:
-                _log.warning("dropped what the coordinator sent: %s", error)
+
+    def _heed(self, event: Event) -> None:
+        """Sees to what happened to the connection."""
+        if event is Event.BACK:
+            for frame in self._line.resume():
+                self._put(frame)
+        elif event is Event.NO_KEY:
+            self._end(Refused(reason=f"the coordinator at {self._endpoint} does not have this key on its list"))
+        elif not self._welcomed:
+            which = "is no coordinator, or its key is not the one that the key file names"
+            self._end(Refused(reason=f"what answers at {self._endpoint} {which}"))
+        elif event is Event.STRANGER:  # a coordinator was there and may be again; the conversation goes on
+            self._connect_anew(RECONNECT_SECONDS)
+
+    def _take(self, frame: bytes) -> None:
+        try:
+            body, replies = self._line.take(frame)
+            for reply in replies:
+                self._put(reply)
+            if body is not None:
+                self._obey(decode_to_worker(body))
+        except (BadFrame, msgspec.DecodeError) as error:
+            _log.warning("dropped what the coordinator sent: %s", error)
 
     def _obey(self, message: ToWorker) -> None:
         refused = isinstance(message, Refused)
@@ -308,11 +265,9 @@ class ZmqUplink:
                 self._come_again()
 
     def _come_again(self) -> None:
-        _hang_up(self._dealer, self._monitor)
-        self._closing.wait(self._back_off)
-        self._back_off = min(max(0.1, 2 * self._back_off), MAX_BACK_OFF)
         self._hello = msgspec.structs.replace(self._hello, incarnation=_another(self._hello.incarnation))
-        self._dealer, self._monitor = self._connect()
+        self._connect_anew(self._back_off)
+        self._back_off = min(max(0.1, 2 * self._back_off), MAX_BACK_OFF)
         self._say_hello()
 
     def _flush(self) -> None:
@@ -336,8 +291,7 @@ class ZmqUplink:
 
     def _put(self, frame: bytes) -> None:
         self._said = time.monotonic()
-        with contextlib.suppress(zmq.Again):  # its buffers are full: the line repeats it
-            self._dealer.send(frame, zmq.NOBLOCK)
+        self._wire.put(frame)  # what is lost the line repeats
 
     def _end(self, last: ToWorker) -> None:
         if not self._ended:
@@ -352,32 +306,6 @@ class ZmqUplink:
 
 def _ignore(message: ToWorker) -> None:
     """For whoever listens no more."""
-
-
-def _check_port(endpoint: str) -> None:
-    """Raises ValueError for a TCP port that there cannot be: ZeroMQ takes the rest of its division by 65536."""
-    port = endpoint.rpartition(":")[2]
-    if endpoint.startswith("tcp:") and not (port.isdecimal() and 0 < int(port) < 1 << 16):
-        raise ValueError("its port is none of 1 to 65535")
-
-
-def _configure(dealer: zmq.Socket[bytes], incarnation: str) -> None:
-    dealer.set(zmq.ROUTING_ID, incarnation.encode())
-    dealer.set(zmq.MAXMSGSIZE, MAX_MESSAGE + 64)
-    dealer.set(zmq.SNDHWM, 2 * MAX_QUEUED)  # the line's own bound comes first
-    dealer.set(zmq.IPV6, 1)
-    dealer.set(zmq.RECONNECT_IVL, 100)
-    dealer.set(zmq.RECONNECT_IVL_MAX, 2000)
-    dealer.set(zmq.CONNECT_TIMEOUT, 5000)
-    dealer.set(zmq.HANDSHAKE_IVL, int(HANDSHAKE_SECONDS * 1000))
-    dealer.set(zmq.HEARTBEAT_IVL, 1000)
-    dealer.set(zmq.HEARTBEAT_TIMEOUT, 5000)
-
-
-def _hang_up(dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes], linger: int = 0) -> None:
-    dealer.disable_monitor()
-    monitor.close(linger=0)
-    dealer.close(linger=linger)
 
 
 def _another(incarnation: str) -> str:

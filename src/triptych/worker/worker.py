@@ -268,6 +268,7 @@ class Worker:
 
     def _serve(self, ready: Ready) -> None:
         """Receive, admit, step, report."""
+        self._say(self._pulse.beat())  # what is free decides what is let in from the first job on
         self._say(ready)
         logger.info("ready: %s", ", ".join(ready.capacity))
         while self._take_orders():

@@ -1,0 +1,81 @@
+"""Frames over a Unix socket, between processes of one host: a send is one call, and no thread stands between who sends
+and who hears, as two of ZeroMQ's do."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+
+from triptych.line import MAX_MESSAGE, BadFrame
+
+__all__ = ["GREETING", "Stream"]
+
+GREETING = b"triptych coordinator"
+"""The first frame that a listener sends; the first that a worker sends is its identity."""
+MAX_FRAME = MAX_MESSAGE + 64
+MAX_UNSENT = 2 * MAX_FRAME
+READ_BYTES = 1 << 18
+_SIZE = struct.Struct("<I")
+
+
+class Stream:
+    """One end of a connection. Nothing waits; what is called after the connection broke raises OSError."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.connection = connection
+        self._came = bytearray()
+        self._unsent = bytearray()
+
+    @property
+    def stuck(self) -> bool:
+        """Whether something could not be sent yet: `push` when the socket takes more."""
+        return bool(self._unsent)
+
+    def receive(self) -> list[bytes]:
+        """The frames that have come. Raises BadFrame for what is none."""
+        with contextlib.suppress(BlockingIOError):
+            data = self.connection.recv(READ_BYTES)
+            if not data:
+                raise ConnectionResetError("the other end hung up")
+            self._came += data
+        frames, at = [], 0
+        while len(self._came) - at >= _SIZE.size:
+            (size,) = _SIZE.unpack_from(self._came, at)
+            if size > MAX_FRAME:
+                raise BadFrame(f"{size} bytes are more than a frame has")
+            end = at + _SIZE.size + size
+            if end > len(self._came):
+                break
+            frames.append(bytes(self._came[at + _SIZE.size : end]))
+            at = end
+        del self._came[:at]
+        return frames
+
+    def send(self, frame: bytes) -> None:
+        """Sends a frame, or keeps what the socket does not take now; drops it while too much is kept."""
+        head = _SIZE.pack(len(frame))
+        if self._unsent:
+            if len(self._unsent) + len(frame) <= MAX_UNSENT:
+                self._unsent += head + frame
+            return
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            sent = self.connection.sendmsg([head, frame])
+        if sent < len(head) + len(frame):
+            self._unsent += memoryview(head + frame)[sent:]
+
+    def push(self) -> None:
+        """Sends what was kept, as far as the socket takes it."""
+        with contextlib.suppress(BlockingIOError):
+            while self._unsent:
+                del self._unsent[: self.connection.send(memoryview(self._unsent)[:READ_BYTES])]
+
+    def close(self, linger: float = 0.0) -> None:
+        """Hangs up; what was kept is given `linger` seconds to leave."""
+        with contextlib.suppress(OSError):
+            if self._unsent and linger:
+                self.connection.settimeout(linger)
+                self.connection.sendall(self._unsent)
+        self.connection.close()
