@@ -1,7 +1,8 @@
 """Previews: a linear map from the VAE's latents to RGB, fitted to the VAE itself.
 
-Fitted once: a few decodes of smooth random latents of the model's own scale, then least squares per latent pixel (the
-idea of diffusion UIs' hand-made "latent RGB factors", measured instead). A process without the VAE is given the map as
+Fitted once: random pictures of plain shapes are encoded, then least squares from a latent pixel and its neighbours to
+the four pixels that it becomes (diffusion UIs' hand-made "latent RGB factors", measured instead). A VAE that cannot
+encode decodes random latents for that. A process without the VAE is given the map as
 bytes, and runs the decode blocks up to where the VAE would be called on a VAE without weights.
 """
 
@@ -32,14 +33,21 @@ from triptych.model import (
     meta_component,
     program,
 )
+from triptych.stage.vae import middle_of
 from triptych.transfer import Payload, payload_of, payload_parts
 
 MAX_BUFFER = 1 << 16
 """Elements of a VAE's buffer that goes along with the map: statistics of latents have a few per channel."""
 
 SIDE = 16
-"""Latent pixels along each side of the samples that are decoded for the fit."""
-SAMPLES = 6
+"""Latent pixels along each side of the samples that the map is fitted to."""
+SAMPLES, AT_ONCE = 24, 6
+"""How many samples, in all and in one batch; no more than one batch of those above WIDE pixels."""
+WIDE = 128
+SHAPES = 6
+RIDGE = 1e-3
+REACH, SCALE = 3, 2
+"""Pixels of a preview are made from REACH × REACH latent pixels, SCALE × SCALE of them for each."""
 
 
 class _Reached(Exception):
@@ -51,7 +59,7 @@ class _Reached(Exception):
 
 
 class LatentPreview:
-    """Makes a picture of one latent pixel per pixel from latents as they cross to decode.
+    """Makes a picture twice as wide and high as the latents, from latents as they cross to decode.
 
     `program` is the decode stage's: its blocks unpack and denormalise, and its VAE teaches the map. With a `tiny` VAE
     (one that takes the place of the model's own, such as TAESD), that decodes previews instead, at full size.
@@ -75,8 +83,10 @@ class LatentPreview:
         if self._weights is None:
             self._weights = self._fit(fields, latents)
         z = z[:1, :, z.shape[2] // 2] if z.ndim == 5 else z[:1]
-        rgb = torch.einsum("bchw,cd->hwd", z.float(), self._weights[:-1]) + self._weights[-1]
-        return (rgb.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        seen = _neighbourhoods(z.float())
+        rgb = seen @ self._weights[:-1] + self._weights[-1]
+        shown = F.pixel_shuffle(rgb.permute(0, 3, 1, 2), SCALE)[0].permute(1, 2, 0)
+        return (shown.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
     def learn(self, fields: dict[str, Any], latents: torch.Tensor) -> None:
         """Fits the map now, for latents of that dtype; `latents` and the fields of their task are an example."""
@@ -136,7 +146,40 @@ class LatentPreview:
         raise Unsupported("this model's decode blocks never call the VAE: no previews", field="preview")
 
     def _fit(self, fields: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
-        """(channels + 1, 3) in fp32: RGB in 0…1 from latents, the last row the bias."""
+        """(REACH² · channels + 1, 3 · SCALE²) in fp32: RGB in 0…1 from latents, the last row the bias."""
+        sample, rgb = self._encoded(fields, latents) or self._decoded(fields, latents)
+        columns = _neighbourhoods(sample).flatten(0, 2)
+        columns = torch.cat([columns, torch.ones_like(columns[:, :1])], 1).double()
+        target = F.pixel_unshuffle(F.adaptive_avg_pool2d(rgb, SCALE * SIDE), SCALE)
+        target = target.permute(0, 2, 3, 1).flatten(0, 2).double()
+        ridge = RIDGE * len(columns) * torch.eye(columns.shape[1], dtype=torch.float64, device=columns.device)
+        weights = torch.linalg.solve(columns.T @ columns + ridge, columns.T @ target).float()
+        if not weights.isfinite().all():
+            raise Unsupported("this model's VAE makes no numbers of plain pictures: no previews", field="preview")
+        return weights
+
+    def _encoded(self, fields: dict[str, Any], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Pictures, (samples, 3, height, width) in 0…1, after their latents, (samples, channels, SIDE, SIDE); None if
+        the VAE has no encoder, or one that makes other latents than are decoded."""
+        vae = self._vae()
+        if getattr(vae, "encoder", None) is None:
+            return None
+        like = self._vae_input(fields, torch.zeros_like(latents))
+        frames = (1,) if like.ndim == 5 else ()
+        blank = torch.zeros(1, like.shape[1], *frames, SIDE, SIDE, dtype=like.dtype, device=like.device)
+        side = vae.decode(blank, return_dict=False)[0].shape[-1]
+        rgb = _plain_pictures(SAMPLES if side <= WIDE else AT_ONCE, side, torch.Generator().manual_seed(0))
+        given = (2 * rgb - 1).to(like).unflatten(1, (3, *frames))
+        try:
+            found = torch.cat([middle_of(vae.encode(part)) for part in given.split(AT_ONCE)]).float()
+        except (RuntimeError, TypeError, ValueError, AttributeError):  # a VAE of one direction only, for example
+            return None
+        if found.shape != (len(rgb), *blank.shape[1:]):
+            return None
+        return found.squeeze(2) if frames else found, rgb.to(found.device)
+
+    def _decoded(self, fields: dict[str, Any], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same by decoding: smooth random latents, and what becomes of them (of a clip the first frame)."""
         # What stands before the VAE is affine per channel: zeros and ones tell it, whatever the request's size.
         low, high = (self._vae_input(fields, torch.full_like(latents, value)).float() for value in (0.0, 1.0))
         channels = low.shape[1]
@@ -145,14 +188,16 @@ class LatentPreview:
         generator = torch.Generator().manual_seed(0)
         sample = _smooth_noise(SAMPLES, channels, generator).to(low.device) * std[:, None, None] + mean[:, None, None]
         given = (sample.unsqueeze(2) if low.ndim == 5 else sample).to(latents.dtype)
-        decoded = self._vae().decode(given, return_dict=False)[0].float()
-        rgb = decoded.reshape(SAMPLES, 3, -1, *decoded.shape[-2:])[:, :, 0] / 2 + 0.5
-        rgb = F.adaptive_avg_pool2d(rgb.clamp(0, 1), SIDE)
-        columns = sample.movedim(1, -1).reshape(-1, channels)
-        columns = torch.cat([columns, torch.ones_like(columns[:, :1])], 1).double()
-        target = rgb.movedim(1, -1).reshape(-1, 3).double()
-        ridge = 1e-3 * len(columns) * torch.eye(channels + 1, dtype=torch.float64, device=columns.device)
-        return torch.linalg.solve(columns.T @ columns + ridge, columns.T @ target).float()
+        made = torch.cat([self._vae().decode(part, return_dict=False)[0].float() for part in given.split(AT_ONCE)])
+        rgb = made.reshape(SAMPLES, 3, -1, *made.shape[-2:])[:, :, 0] / 2 + 0.5
+        return sample, rgb.clamp(0, 1)
+
+
+def _neighbourhoods(latents: torch.Tensor) -> torch.Tensor:
+    """(batch, height, width, REACH² · channels): every latent pixel with those around it."""
+    batch, _, height, width = latents.shape
+    padded = F.pad(latents, [REACH // 2] * 4, mode="replicate")
+    return F.unfold(padded, REACH).transpose(1, 2).reshape(batch, height, width, -1)
 
 
 class _Husks(Components):
@@ -220,6 +265,33 @@ def _smooth_noise(samples: int, channels: int, generator: torch.Generator) -> to
         coarse = torch.randn(1, channels, side, side, generator=generator)
         parts.append(F.interpolate(coarse, size=(SIDE, SIDE), mode="nearest"))
     return torch.cat(parts)
+
+
+def _plain_pictures(count: int, side: int, generator: torch.Generator) -> torch.Tensor:
+    """(count, 3, side, side) in 0…1: rectangles and ellipses on a ground that changes slowly; every other one blurred,
+    as a picture is that is not finished."""
+    line = torch.linspace(-1, 1, side)
+    y, x = line[:, None], line[None, :]
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    made = []
+    for index in range(count):
+        down, across = numbers(2) - 0.5
+        picture = numbers(3, 1, 1) + (numbers(3, 1, 1) - 0.5) * (down * y + across * x)
+        for shape in range(SHAPES):
+            left, top = 2 * numbers(2) - 1
+            wide, high = 0.5 * numbers(2) + 0.08
+            across, down = ((x - left) / wide).abs(), ((y - top) / high).abs()
+            inside = across**2 + down**2 < 1 if shape % 2 else torch.maximum(across, down) < 1
+            picture = torch.where(inside, numbers(3, 1, 1), picture)
+        reach = side // SIDE
+        if index % 2 and reach:
+            padded = F.pad(picture[None], [reach] * 4, mode="replicate")
+            picture = F.avg_pool2d(padded, 2 * reach + 1, stride=1)[0]
+        made.append(picture.clamp(0, 1))
+    return torch.stack(made)
 
 
 def load_preview_vae(folder: str, placement: Placement, trust: Trust) -> Any:

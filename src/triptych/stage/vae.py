@@ -59,12 +59,13 @@ def _encoded(vae: Any, given: torch.Tensor, options: VaeOptions) -> torch.Tensor
     """The middle of what the VAE makes of the pixels, scaled, in its dtype."""
     # As diffusers brings pictures to tensors, to the last bit.
     pixels = 2.0 * (given.movedim(-1, 1).float() / 255.0) - 1.0 if given.dtype == torch.uint8 else given
-    latents = _in_rank(vae, lambda one: _middle(vae.encode(one)), pixels)
+    latents = _in_rank(vae, lambda one: middle_of(vae.encode(one)), pixels)
     mean, scale = _statistics(vae, options, latents)
     return ((latents.float() - mean) * scale).to(latents.dtype)
 
 
-def _middle(encoded: Any) -> torch.Tensor:
+def middle_of(encoded: Any) -> torch.Tensor:
+    """The latents of what a VAE's `encode` returns: of a distribution its mode."""
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mode()
     return encoded[0]
