@@ -48,7 +48,7 @@ from triptych.stage import (  # noqa: E402
     StepDone,
 )
 from triptych.transfer import Exchange, Payload  # noqa: E402
-from triptych.worker import Opened, Uplink, Worker, WorkerSettings, ProcessUplink  # noqa: E402
+from triptych.worker import Opened, ProcessUplink, Uplink, Worker, WorkerSettings  # noqa: E402
 from triptych.worker.main import signals  # noqa: E402
 
 __all__ = ["WaitingStage", "alone", "cluster"]
