@@ -1,9 +1,10 @@
 """What serving costs and what it bears, beside cache-dit's server and diffusers behind a lock.
 
 Start: `triptych serve` until it is ready, beside a fresh process until diffusers has loaded the same model. Overhead:
-one picture by HTTP and by an Engine in turns. Load: 8 clients, each with its next request as its last is answered; then
-requests of mixed sizes that arrive by a Poisson process, the same for all, whether the last was answered or not; then
-64 clients that follow their jobs' events while every worker is busy, and how long `/health` takes meanwhile.
+one picture by HTTP and by the Engine behind it in turns. Load: 8 clients, each with its next request as its last is
+answered; then requests of mixed sizes that arrive by a Poisson process, the same for all, whether the last was answered
+or not; then 64 clients that follow their jobs' events while every worker is busy, and how long `/health` takes
+meanwhile.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from benchmarks.serving_contenders import (  # noqa: E402
     cache_dit,
     diffusers_loading,
     locked_diffusers,
+    served_engine,
     triptych,
 )
 
@@ -63,8 +65,8 @@ SLO_FACTOR = 5.0
 PROBES_PER_SECOND = 50
 LONG_STEPS = 100
 WARM = 3
-TURNS = 6
-"""of the overhead's contenders, each time that they are opened"""
+TURNS, IN_A_TURN = 6, 6
+"""of the overhead's contenders, each time that they are opened; and requests in each"""
 
 
 @dataclass
@@ -123,18 +125,21 @@ def start_rows(folder: str, starts: int) -> list[Row]:
 
 
 def overhead_rows(openings: int) -> list[Row]:
-    """The same layout behind a URL, and opened as an Engine: in a worker process too, and in this one. Opened anew a
-    few times: where its weights lie makes a process faster or slower for its life."""
+    """One Engine by HTTP and without it: the same worker in both, since where its weights lie makes a process faster
+    or slower for its life; opened anew a few times for that. And an Engine that has its stages in this process."""
     taken: dict[str, list[float]] = {}
     for _ in range(openings):
         _take_turns(taken)
-    served = taken.pop("by HTTP")
-    middle = {name: 1000 * statistics.median(map(operator.sub, served, seconds)) for name, seconds in taken.items()}
+    served = taken["by HTTP"]
+
+    def beyond(name: str) -> float:
+        return 1000 * statistics.median(map(operator.sub, served, taken[name]))
+
     what = "one 64×64 picture by HTTP takes more than"
-    figures = {"by HTTP": served, **taken}
     return [
-        *(Row.at_most(f"{what} with {name}", ms, OVERHEAD_LIMIT, "ms", 2) for name, ms in middle.items()),
-        Row("one 64×64 picture", ", ".join(f"{k} {1000 * statistics.median(v):.1f} ms" for k, v in figures.items())),
+        Row.at_most(f"{what} by the same Engine", beyond("by the same Engine"), OVERHEAD_LIMIT, "ms", 2),
+        Row(f"{what} by an Engine without a worker process", f"{beyond('in one process'):.2f} ms"),
+        Row("one 64×64 picture", ", ".join(f"{k} {1000 * statistics.median(v):.1f} ms" for k, v in taken.items())),
     ]
 
 
@@ -144,31 +149,26 @@ def _take_turns(taken: dict[str, list[float]]) -> None:
     from triptych import Engine, Request
     from triptych.config import Layout
 
-    layout = Layout.fused().overridden(threads=1)
     request = Request.parse(**FIELDS)
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(triptych(MODEL, "--threads", "1"))
+        server = stack.enter_context(served_engine(MODEL, FIELDS))
         connection = stack.enter_context(contextlib.closing(server.connect()))
+        layout = Layout.fused().overridden(threads=1)
+        engine = stack.enter_context(Engine.open(MODEL, layout=layout, device="cpu"))
 
-        def opened(isolate: bool) -> Callable[[], object]:
-            engine = stack.enter_context(Engine.open(MODEL, layout=layout, device="cpu", isolate=isolate))
+        def alone() -> object:
+            job = engine.submit(request, files=True)
+            job.result()
+            return [file.data or file.path for file in engine.result_files(job.id)]
 
-            def run() -> object:
-                job = engine.submit(request, files=True)
-                job.result()
-                return [file.data or file.path for file in engine.result_files(job.id)]
-
-            return run
-
-        runs: list[tuple[str, Callable[[], object]]] = [
-            ("by HTTP", lambda: connection.generate(FIELDS)),
-            ("an Engine with a worker process", opened(True)),
-            ("an Engine in this process", opened(False)),
+        runs: list[tuple[str, Callable[[], list[float]]]] = [
+            ("by HTTP", lambda: [seconds_of(lambda: connection.generate(FIELDS)) for _ in range(IN_A_TURN)]),
+            ("by the same Engine", lambda: server.make(IN_A_TURN)),
+            ("in one process", lambda: [seconds_of(alone) for _ in range(IN_A_TURN)]),
         ]
         for number in range(TURNS):
             for name, run in runs[number % len(runs) :] + runs[: number % len(runs)]:
-                run()
-                taken.setdefault(name, []).append(statistics.median(seconds_of(run) for _ in range(5)))
+                taken.setdefault(name, []).append(statistics.median(run()[1:]))
 
 
 def seconds_of(run: Callable[[], object]) -> float:

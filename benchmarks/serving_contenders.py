@@ -89,7 +89,7 @@ class Server:
 def _started(command: Sequence[str], log: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
     with log.open("w") as errors:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), **(env or {})},
         )  # fmt: skip
     try:
@@ -101,8 +101,9 @@ def _started(command: Sequence[str], log: Path, env: dict[str, str] | None = Non
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+        for stream in (process.stdin, process.stdout):
+            assert stream is not None
+            stream.close()
 
 
 def _line(process: subprocess.Popen[str], log: Path) -> str:
@@ -138,8 +139,34 @@ def _wait_for_health(address: tuple[str, int], process: subprocess.Popen[str], l
 @contextlib.contextmanager
 def triptych(folder: str, *words: str, name: str = "Triptych") -> Iterator[Server]:
     """`triptych serve`."""
+    command = [sys.executable, "-m", "triptych", "serve", folder, "--device", "cpu", "--port", "0", *words]
+    with _printing_its_url(command, name) as server:
+        yield server
+
+
+class ServedEngine(Server):
+    """An Engine with a server in front of it, which can be asked without that."""
+
+    def make(self, count: int) -> list[float]:
+        """The seconds of so many pictures by the Engine itself, measured in its process."""
+        process = self.process
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(f"{count}\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+
+@contextlib.contextmanager
+def served_engine(folder: str, fields: dict[str, Any]) -> Iterator[ServedEngine]:
+    """As `triptych serve`, with one thread."""
+    command = [sys.executable, "-m", "benchmarks.served_engine", folder, json.dumps(fields)]
+    with _printing_its_url(command, "an Engine") as server:
+        yield ServedEngine(server.name, server.address, server.process, server.seconds)
+
+
+@contextlib.contextmanager
+def _printing_its_url(command: Sequence[str], name: str) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="triptych-serving-") as place:
-        command = [sys.executable, "-m", "triptych", "serve", folder, "--device", "cpu", "--port", "0", *words]
         log = Path(place, "log")
         began = time.perf_counter()
         with _started(command, log) as process:

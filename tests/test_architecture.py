@@ -30,8 +30,8 @@ ARROWS: dict[str, set[str]] = {
     "client": {"errors"},
     "server": {"engine"},
     "engine": {"cluster", "worker", "config"},
-    "cluster": {"messages", "line", "sockets"},
-    "worker": {"encode", "denoise", "decode", "line", "sockets"},
+    "cluster": {"messages", "sockets", "stream"},
+    "worker": {"encode", "denoise", "decode", "sockets", "stream"},
     "encode": {"stage"},
     "denoise": {"stage"},
     "decode": {"stage"},
@@ -40,6 +40,7 @@ ARROWS: dict[str, set[str]] = {
     "transfer": {"messages", "device"},
     "config": {"messages"},
     "messages": {"request"},
+    "stream": {"line"},
     "line": set(),
     "sockets": set(),
     "device": {"errors"},
@@ -49,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
 }
 """Who may import whom; what a room may import, those above it may too. `triptych` itself only re-exports."""
 
-TORCH_FREE = ("client", "errors", "request", "messages", "line", "sockets", "config", "cluster", "server")
+TORCH_FREE = ("client", "errors", "request", "messages", "line", "sockets", "stream", "config", "cluster", "server")
 """Rooms none of whose modules may bring torch along."""
 
 TORCH_FREE_DOORS = (

@@ -31,6 +31,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
+LONGEST = {"generate.md", "models.md"}
+"""Run by `make verify`: a minute each."""
+
 EXCEPTIONS = {
     "make demo": "sets up an environment of its own; .ci/run and a fresh clone prove it",
     "make test": "would run this test again",
@@ -184,7 +187,10 @@ class Background:
                 self.process.wait(60)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(path, marks=[pytest.mark.slow] if path.name in LONGEST else [], id=path.name) for path in DOCUMENTS],
+)
 def test_documented_commands(document: Path, reader: Reader) -> None:
     for name, text in files_of(document):
         (reader.here / name).write_text(reader.translated(text), encoding="utf-8")

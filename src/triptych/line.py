@@ -7,10 +7,11 @@ import struct
 from collections import deque
 from typing import NamedTuple
 
-__all__ = ["MAX_MESSAGE", "MAX_QUEUED", "BadFrame", "Line", "Taken", "aside", "first_body"]
+__all__ = ["MAX_FRAME", "MAX_MESSAGE", "MAX_QUEUED", "BadFrame", "Line", "Taken", "aside", "first_body"]
 
 MAX_MESSAGE = 64 << 20
 """bytes of one message; larger ones are refused by sender and receiver"""
+MAX_FRAME = MAX_MESSAGE + 64
 
 MAX_QUEUED = 4096
 """messages that one end has sent and the other not acknowledged; more, and the line is hung up"""

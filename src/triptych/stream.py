@@ -4,16 +4,21 @@ and who hears, as two of ZeroMQ's do."""
 from __future__ import annotations
 
 import contextlib
+import selectors
 import socket
 import struct
+import sys
+from typing import Any
 
-from triptych.line import MAX_MESSAGE, BadFrame
+from triptych.line import MAX_FRAME, BadFrame
 
-__all__ = ["GREETING", "Stream"]
+__all__ = ["GREETING", "MAX_PATH", "Stream", "await_room"]
+
+MAX_PATH = 107 if sys.platform == "linux" else 103
+"""bytes of a Unix socket's path"""
 
 GREETING = b"triptych coordinator"
 """The first frame that a listener sends; the first that a worker sends is its identity."""
-MAX_FRAME = MAX_MESSAGE + 64
 MAX_UNSENT = 2 * MAX_FRAME
 READ_BYTES = 1 << 18
 _SIZE = struct.Struct("<I")
@@ -79,3 +84,10 @@ class Stream:
                 self.connection.settimeout(linger)
                 self.connection.sendall(self._unsent)
         self.connection.close()
+
+
+def await_room(selector: selectors.BaseSelector, stream: Stream, data: Any = None) -> None:
+    """Has the selector tell of a stream that is stuck when the socket takes more, and no longer of one that is not."""
+    wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if stream.stuck else 0)
+    if selector.get_key(stream.connection).events != wanted:
+        selector.modify(stream.connection, wanted, data)

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -42,10 +43,10 @@ def ports_of(pid: int) -> set[int]:
 
 class Trap:
     """Waits in a cable for bytes that go one way: the first `after` pass, then it holds them up until it is released,
-    or damages the next one."""
+    damages the next one, or tears the connection where bytes are not `damageable`."""
 
-    def __init__(self, way: Way, after: int, *, damage: bool, of: Callable[[int], bool]) -> None:
-        self.way, self.after, self.damage, self.of = way, after, damage, of
+    def __init__(self, way: Way, after: int, *, damage: bool, damageable: bool, of: Callable[[int], bool]) -> None:
+        self.way, self.after, self.damage, self.damageable, self.of = way, after, damage, damageable, of
         self.sprung = threading.Event()
         self._released = threading.Event()
         self._lost = False
@@ -70,6 +71,8 @@ class Trap:
     def spring(self, rest: bytes) -> bytes:
         """Returns what goes on."""
         self.sprung.set()
+        if self.damage and not self.damageable:
+            raise ConnectionError("torn off in the middle")
         if self.damage:
             return bytes([rest[0] ^ 0x10]) + rest[1:]
         self._released.wait(60.0)
@@ -79,13 +82,19 @@ class Trap:
 
 
 class Cable:
-    """Listens on NEAR at a port and leads to FAR at the same (or another) one. While nothing listens there, whoever
+    """Listens on NEAR at a port and leads to FAR at the same (or another) one, or from one Unix socket to another (no
+    byte of which the kernel damages: there a damaged byte is a torn connection). While nothing listens there, whoever
     has connected waits."""
 
-    def __init__(self, port: int, far_port: int | None = None) -> None:
-        self.port = port
-        self._far = FAR, far_port or port
-        self._server = socket.create_server((NEAR, port), backlog=64)
+    def __init__(self, near: int | Path, far: int | Path | None = None) -> None:
+        self.near = near
+        self._far = near if far is None else far
+        if isinstance(near, Path):
+            self._server = socket.socket(socket.AF_UNIX)
+            self._server.bind(str(near))
+            self._server.listen(64)
+        else:
+            self._server = socket.create_server((NEAR, near), backlog=64)
         self._lock = threading.Lock()
         self._whole = threading.Event()
         self._whole.set()
@@ -113,7 +122,7 @@ class Cable:
         self, way: Way, after: int = 0, *, damage: bool = False, of: Callable[[int], bool] = lambda port: True
     ) -> Trap:
         """Sets a trap for the bytes from now on, of connections that come from such a port."""
-        trap = Trap(way, after, damage=damage, of=of)
+        trap = Trap(way, after, damage=damage, damageable=isinstance(self.near, int), of=of)
         with self._lock:
             self._trap = trap
         return trap
@@ -138,13 +147,16 @@ class Cable:
             thread.join(30.0)
         for end in ends:
             end.close()
+        if isinstance(self.near, Path):
+            self.near.unlink(missing_ok=True)
 
     def _accept(self) -> None:
         while self._open:
             try:
-                near, (_, port) = self._server.accept()
+                near, address = self._server.accept()
             except OSError:
                 return
+            port = address[1] if address else 0
             with self._lock:
                 self._ends.add(near)
             thread = threading.Thread(target=self._join, args=(near, port), daemon=True)
@@ -167,7 +179,7 @@ class Cable:
     def _reach(self, near: socket.socket) -> socket.socket | None:
         while self._open:
             with contextlib.suppress(OSError):
-                return socket.create_connection(self._far, timeout=None)
+                return _connected(self._far)
             near.settimeout(0.05)
             try:
                 if not near.recv(1, socket.MSG_PEEK):
@@ -209,6 +221,18 @@ class Cable:
             self._ends -= set(ends)
         for end in ends:
             end.close()
+
+
+def _connected(far: int | Path) -> socket.socket:
+    if isinstance(far, int):
+        return socket.create_connection((FAR, far))
+    end = socket.socket(socket.AF_UNIX)
+    try:
+        end.connect(str(far))
+    except OSError:
+        end.close()
+        raise
+    return end
 
 
 def _shut(end: socket.socket) -> None:

@@ -28,6 +28,7 @@ import psutil
 from tests.chaos.cables import Cable, free_port, ports_of
 from tests.chaos.remote import Panel, Puppet
 from triptych.cluster import RestartPolicy, Supervisor, WorkerSlot, make_client_keys, make_server_keys
+from triptych.engine.opening import CONTROL
 
 __all__ = ["LEASE", "STAGES", "Cluster", "Lost", "Wanted"]
 
@@ -68,7 +69,7 @@ class Wanted:
 
 class Cluster:
     """Use as a context manager. `limits` go over the harness's own; `routes` are those between the workers that the
-    coordinator starts, which are on one host; all else crosses TCP."""
+    coordinator starts, which are on one host and join at a Unix socket; all else crosses TCP."""
 
     def __init__(self, limits: dict[str, Any] | None = None, routes: Sequence[str] = ("tcp",)) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -86,8 +87,11 @@ class Cluster:
         self._joined = {f"{stage}-joined": stage for stage in STAGES}
         self.stages = {**self._local, **self._joined}
         listen = free_port()
-        self.control = {name: self._cable(listen) for name in self.stages}
-        self.data = {name: self._cable() for name in (*self.stages, COORDINATOR)}
+        self.control = {name: self._cable(free_port(), listen) for name in self._joined}
+        (self.folder / "state").mkdir(mode=0o700)
+        for name in self._local:
+            self.control[name] = self._cable(self.folder / "sockets" / f"{name}.cable", self.folder / "state" / CONTROL)
+        self.data = {name: self._cable(free_port()) for name in (*self.stages, COORDINATOR)}
         keys = self.folder / "keys"
         make_server_keys(keys)
         self._key = make_client_keys(keys, "worker")
@@ -98,8 +102,8 @@ class Cluster:
         self._log = (self.folder / "workers.log").open("a", encoding="utf-8")
         self._coordinator: subprocess.Popen[bytes] | None = None
 
-    def _cable(self, far_port: int | None = None) -> Cable:
-        cable = Cable(free_port(), far_port)
+    def _cable(self, near: int | Path, far: int | Path | None = None) -> Cable:
+        cable = Cable(near, far)
         self._ends.callback(cable.close)
         return cable
 
@@ -116,15 +120,16 @@ class Cluster:
             "layout": str(self.folder / "layout.yaml"),
             "state": str(self.folder / "state"),
             "panel": str(self.panel.path),
-            "transfer": json.dumps({**TRANSFER, "port": self.data[COORDINATOR].port}),
+            "transfer": json.dumps({**TRANSFER, "port": self.data[COORDINATOR].near}),
             "commands": {name: self._command(name, routes) for name in self._local},
         }
         (self.folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
 
     def _command(self, name: str, routes: Sequence[str]) -> list[str]:
-        transfer = {**TRANSFER, "port": self.data[name].port, "routes": list(routes) or ["tcp"]}
-        words = ["--panel", str(self.panel.path), "--key", str(self._key), "--name", name]
-        words += ["--join", f"127.0.0.2:{self.control[name].port}", "--stage", self.stages[name]]
+        transfer = {**TRANSFER, "port": self.data[name].near, "routes": list(routes) or ["tcp"]}
+        near = self.control[name].near
+        words = ["--panel", str(self.panel.path), "--key", str(self._key), "--name", name, "--stage", self.stages[name]]
+        words += ["--join", f"ipc://{near}" if isinstance(near, Path) else f"127.0.0.2:{near}"]
         words += ["--folder", str(self.folder / "sockets"), "--transfer", json.dumps(transfer)]
         words += ["--slot", name] if name in self._local else []
         surroundings = [f"{key}={value}" for key, value in self._surroundings.items()]

@@ -29,7 +29,7 @@ from triptych.config import Layout
 from triptych.engine import Engine
 from triptych.engine.crew import OnExit, OnGivenUp, Processes, Told
 from triptych.engine.keeper import Folder, PayloadKeeper
-from triptych.engine.opening import Parts
+from triptych.engine.opening import CONTROL, Parts
 from triptych.messages import Hello
 from triptych.model import describe, model_digest, open_model
 from triptych.noise import hush
@@ -100,9 +100,10 @@ def open_engine(plan: dict[str, Any]) -> Engine:
         def supervise(exited: OnExit, given_up: OnGivenUp) -> Supervisor:
             return Supervisor(slots, folder / "workers", on_exit=exited, on_given_up=given_up)
 
-        assert layout.listen is not None, "every worker joins over a cable"
+        assert layout.listen is not None, "the plan has one"
         keys = load_server_keys(layout.listen.keys)
-        crew = Processes(told, coordinator, [layout.listen.endpoint], keys, supervise, {})
+        endpoints = [f"ipc://{folder / CONTROL}", layout.listen.endpoint]
+        crew = Processes(told, coordinator, endpoints, keys, supervise, {})
         for close in (store.close, keeper.close, crew.stop, coordinator.close):
             stack.callback(close)
         crew.start(lambda _: None)

@@ -146,12 +146,12 @@ def main() -> int:
         transfer=transfer_settings(given.transfer), drain_seconds=10.0,
     )  # fmt: skip
     keys = load_client_keys(given.key)
-    with contextlib.closing(FaultyExchange(settings.transfer, folder=Path(given.folder))) as exchange:
-        remote = exchange.remote = Remote(given.panel, given.name, {"numbers": exchange.numbers})
-        opened = _open(settings.stages, remote)
-        worker = Worker(settings, lambda hello: ProcessUplink(given.join, hello, keys), exchange, opened)
-        with signals(worker, exchange):
-            worker.run()
+    exchange = FaultyExchange(settings.transfer, folder=Path(given.folder))
+    remote = exchange.remote = Remote(given.panel, given.name, {"numbers": exchange.numbers})
+    opened = _open(settings.stages, remote)
+    worker = Worker(settings, lambda hello: ProcessUplink(given.join, hello, keys), exchange, opened)
+    with signals(worker, exchange), contextlib.closing(exchange):
+        worker.run()
     return 0
 
 

@@ -31,6 +31,7 @@ from triptych.line import MAX_MESSAGE, MAX_QUEUED, Line
 from triptych.messages import (
     PROTOCOL,
     Cancel,
+    FromWorker,
     Goodbye,
     Hello,
     Loading,
@@ -429,6 +430,25 @@ def test_who_comes_back_takes_the_place_of_its_dead_connection(
             dead.receive()
         coordinator.links["first"].send(Cancel(job="x"))
         assert answer(alive, line) == Cancel(job="x")
+
+
+def test_what_a_worker_said_before_it_left_is_heard(
+    coordinator: Coordinator, listener: Listener, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hear = coordinator.hear
+
+    def answering(incarnation: str, message: FromWorker) -> None:
+        coordinator.links["first"].send(Cancel(job="x"))
+        hear(incarnation, message)
+
+    monkeypatch.setattr(coordinator, "hear", answering)
+    line = Line()
+    with raw(at, "first") as peer:
+        peer.send(line.send(encode(hello())))
+        assert isinstance(answer(peer, line), Welcome)
+        for number in range(50):
+            peer.send(line.send(encode(Loading(what=str(number)))))
+    wait_until(lambda: len(coordinator.heard) == 50)
 
 
 def test_messages_that_no_socket_holds_pass_both_ways(coordinator: Coordinator, listener: Listener, at: str) -> None:

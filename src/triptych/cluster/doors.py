@@ -8,15 +8,15 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
 import zmq
 
-from triptych.line import MAX_MESSAGE, MAX_QUEUED, BadFrame
+from triptych.line import MAX_FRAME, MAX_QUEUED, BadFrame
 from triptych.sockets import Source, ZmqSource
-from triptych.stream import GREETING, Stream
+from triptych.stream import GREETING, Stream, await_room
 
 __all__ = ["Came", "Door", "UnixDoor", "ZmqDoor", "router"]
 
@@ -25,7 +25,10 @@ MAX_IDENTITY = 255
 MAX_FRAMES = 256
 """that are taken of ZeroMQ in one turn"""
 LINGER_SECONDS = 0.5
-PAUSE_SECONDS = 0.1
+PAUSE_SECONDS = 1.0
+"""without new connections, once one could not be taken"""
+NAMELESS_SECONDS = 5.0
+"""that a connection may take to say who it is"""
 
 _log = logging.getLogger(__name__)
 
@@ -100,7 +103,7 @@ def router(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
     made.set(zmq.ROUTER_MANDATORY, 1)
     made.set(zmq.ROUTER_HANDOVER, 1)  # a worker that reconnects takes its place from its dead connection
     made.set(zmq.SNDHWM, 2 * MAX_QUEUED)  # the lines' own bounds come first
-    made.set(zmq.MAXMSGSIZE, MAX_MESSAGE + 64)
+    made.set(zmq.MAXMSGSIZE, MAX_FRAME)
     made.set(zmq.HEARTBEAT_IVL, 1000)
     made.set(zmq.HEARTBEAT_TIMEOUT, 5000)
     made.set(zmq.HANDSHAKE_IVL, 5000)
@@ -113,7 +116,7 @@ class _Peer:
     def __init__(self, connection: socket.socket) -> None:
         self.stream = Stream(connection)
         self.identity = b""
-        self.writing = False
+        self.since = time.monotonic()
         self.gone = False
 
 
@@ -138,6 +141,7 @@ class UnixDoor:
             raise
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
+        self._deaf_until = 0.0
         self.descriptors = (self._selector.fileno(),)  # of an epoll or a kqueue, which can be waited at itself
 
     @property
@@ -147,6 +151,9 @@ class UnixDoor:
 
     def take(self) -> Iterator[Came]:
         """See `Door`."""
+        if self._deaf_until and time.monotonic() > self._deaf_until:
+            self._deaf_until = 0.0
+            self._selector.register(self._socket, selectors.EVENT_READ)
         for key, events in self._selector.select(0):
             if key.data is None:
                 self._accept()
@@ -167,8 +174,12 @@ class UnixDoor:
             return
         except OSError as error:  # short of descriptors, for example
             _log.warning("a worker's connection could not be taken: %s", error)
-            time.sleep(PAUSE_SECONDS)
+            self._deaf_until = time.monotonic() + PAUSE_SECONDS
+            self._selector.unregister(self._socket)
             return
+        late = time.monotonic() - NAMELESS_SECONDS
+        for peer in [one for one in self._peers if not one.identity and one.since < late]:
+            self._drop(peer)
         if len(self._peers) >= MAX_CONNECTIONS:
             connection.close()
             return
@@ -178,17 +189,18 @@ class UnixDoor:
         self._send(peer, GREETING)
 
     def _served(self, peer: _Peer, events: int) -> list[bytes]:
+        """What has come from it, though it may not take any more; its end is seen here only."""
+        frames: list[bytes] = []
         try:
-            if events & selectors.EVENT_WRITE:
-                peer.stream.push()
-                self._mind(peer)
-            return peer.stream.receive() if events & selectors.EVENT_READ else []
+            frames = peer.stream.receive()
         except OSError:
             self._drop(peer)
         except BadFrame as error:
             _log.warning("hung up on %.64s: %s", peer.identity.decode(errors="replace"), error)
             self._drop(peer)
-        return []
+        if events & selectors.EVENT_WRITE and not peer.gone:
+            self._push(peer, peer.stream.push)
+        return frames
 
     def _name(self, peer: _Peer, identity: bytes) -> None:
         """A worker that comes back takes its place from its dead connection."""
@@ -207,18 +219,12 @@ class UnixDoor:
             self._send(peer, frame)
 
     def _send(self, peer: _Peer, frame: bytes) -> None:
-        try:
-            peer.stream.send(frame)
-            self._mind(peer)
-        except OSError:
-            self._drop(peer)
+        self._push(peer, lambda: peer.stream.send(frame))
 
-    def _mind(self, peer: _Peer) -> None:
-        """Waits until it takes what it has not taken."""
-        if peer.writing != peer.stream.stuck:
-            peer.writing = peer.stream.stuck
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.writing else 0)
-            self._selector.modify(peer.stream.connection, events, peer)
+    def _push(self, peer: _Peer, send: Callable[[], None]) -> None:
+        with contextlib.suppress(OSError):  # what it said before it left is still to be read
+            send()
+            await_room(self._selector, peer.stream, peer)
 
     def _drop(self, peer: _Peer, linger: float = 0.0) -> None:
         peer.gone = True

@@ -14,11 +14,11 @@ import zmq
 from triptych.cluster.doors import Door, UnixDoor, ZmqDoor, router
 from triptych.cluster.keys import ServerKeys
 from triptych.errors import InvalidRequest, Unsupported
+from triptych.stream import MAX_PATH
 
 __all__ = ["ZAP_DOMAIN", "open_door", "private_folder"]
 
 ZAP_DOMAIN = "triptych"
-MAX_SOCKET_PATH = 107
 FORMS = "ipc://PATH, tcp://HOST:PORT or HOST:PORT"
 
 
@@ -74,8 +74,8 @@ def private_folder(folder: Path, name: str) -> None:
 
 def _lock_path(path: Path) -> IO[bytes]:
     # The lock tells a live listener from a dead one's file.
-    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
-        raise InvalidRequest.of("listen", str(path), f"a path of at most {MAX_SOCKET_PATH} bytes for a Unix socket")
+    if len(os.fsencode(path)) > MAX_PATH:
+        raise InvalidRequest.of("listen", str(path), f"a path of at most {MAX_PATH} bytes for a Unix socket")
     private_folder(path.parent, "listen")
     try:
         lock = open(f"{path}.lock", "wb")  # noqa: SIM115

@@ -33,7 +33,7 @@ from triptych.model import (
     meta_component,
     program,
 )
-from triptych.stage.vae import middle_of
+from triptych.stage import middle_of
 from triptych.transfer import Payload, payload_of, payload_parts
 
 MAX_BUFFER = 1 << 16
@@ -44,7 +44,10 @@ SIDE = 16
 SAMPLES, AT_ONCE = 24, 6
 """How many samples, in all and in one batch; no more than one batch of those above WIDE pixels."""
 WIDE = 128
+ENOUGH = 8
+"""Latent pixels to fit to for each number of the map; where there are fewer, it does without the neighbours."""
 SHAPES = 6
+"""in every picture"""
 RIDGE = 1e-3
 REACH, SCALE = 3, 2
 """Pixels of a preview are made from REACH × REACH latent pixels, SCALE × SCALE of them for each."""
@@ -83,8 +86,8 @@ class LatentPreview:
         if self._weights is None:
             self._weights = self._fit(fields, latents)
         z = z[:1, :, z.shape[2] // 2] if z.ndim == 5 else z[:1]
-        seen = _neighbourhoods(z.float())
-        rgb = seen @ self._weights[:-1] + self._weights[-1]
+        reach = REACH if len(self._weights) - 1 > z.shape[1] else 1
+        rgb = _neighbourhoods(z.float(), reach) @ self._weights[:-1] + self._weights[-1]
         shown = F.pixel_shuffle(rgb.permute(0, 3, 1, 2), SCALE)[0].permute(1, 2, 0)
         return (shown.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
@@ -110,7 +113,8 @@ class LatentPreview:
         Raises WrongPayload or LoadError."""
         values = payload_of(data).values
         weights, dtype = values.get("weights"), getattr(torch, str(values.get("dtype")), None)
-        if not (isinstance(weights, torch.Tensor) and isinstance(dtype, torch.dtype)):
+        fits = isinstance(weights, torch.Tensor) and weights.ndim == 2 and weights.shape[1] == 3 * SCALE**2
+        if not (fits and isinstance(weights, torch.Tensor) and isinstance(dtype, torch.dtype)):
             raise WrongPayload("no map from latents to colours", field="preview")
         own = Placement(placement.device, dtype)
         husks = _Husks(topology.source, trust, values.get("buffers", {}))
@@ -147,38 +151,39 @@ class LatentPreview:
 
     def _fit(self, fields: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
         """(REACH² · channels + 1, 3 · SCALE²) in fp32: RGB in 0…1 from latents, the last row the bias."""
-        sample, rgb = self._encoded(fields, latents) or self._decoded(fields, latents)
-        columns = _neighbourhoods(sample).flatten(0, 2)
+        like = self._vae_input(fields, torch.zeros_like(latents))
+        blank = torch.zeros(1, like.shape[1], *((1,) if like.ndim == 5 else ()), SIDE, SIDE).to(like)
+        side = self._vae().decode(blank, return_dict=False)[0].shape[-1]
+        count = SAMPLES if side <= WIDE else AT_ONCE
+        sample, rgb = self._encoded(blank, side, count) or self._decoded(fields, latents, count)
+        reach = REACH if count * SIDE**2 > ENOUGH * REACH**2 * sample.shape[1] else 1
+        columns = _neighbourhoods(sample, reach).flatten(0, 2)
         columns = torch.cat([columns, torch.ones_like(columns[:, :1])], 1).double()
         target = F.pixel_unshuffle(F.adaptive_avg_pool2d(rgb, SCALE * SIDE), SCALE)
         target = target.permute(0, 2, 3, 1).flatten(0, 2).double()
         ridge = RIDGE * len(columns) * torch.eye(columns.shape[1], dtype=torch.float64, device=columns.device)
         weights = torch.linalg.solve(columns.T @ columns + ridge, columns.T @ target).float()
         if not weights.isfinite().all():
-            raise Unsupported("this model's VAE makes no numbers of plain pictures: no previews", field="preview")
+            raise Unsupported("this model's VAE makes no numbers of plain latents: no previews", field="preview")
         return weights
 
-    def _encoded(self, fields: dict[str, Any], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Pictures, (samples, 3, height, width) in 0…1, after their latents, (samples, channels, SIDE, SIDE); None if
-        the VAE has no encoder, or one that makes other latents than are decoded."""
+    def _encoded(self, blank: torch.Tensor, side: int, count: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Pictures, (count, 3, side, side) in 0…1, after their latents, (count, channels, SIDE, SIDE); None if the VAE
+        cannot encode, or not to latents like `blank`."""
         vae = self._vae()
-        if getattr(vae, "encoder", None) is None:
-            return None
-        like = self._vae_input(fields, torch.zeros_like(latents))
-        frames = (1,) if like.ndim == 5 else ()
-        blank = torch.zeros(1, like.shape[1], *frames, SIDE, SIDE, dtype=like.dtype, device=like.device)
-        side = vae.decode(blank, return_dict=False)[0].shape[-1]
-        rgb = _plain_pictures(SAMPLES if side <= WIDE else AT_ONCE, side, torch.Generator().manual_seed(0))
-        given = (2 * rgb - 1).to(like).unflatten(1, (3, *frames))
+        rgb = _plain_pictures(count, side, torch.Generator().manual_seed(0))
+        given = (2 * rgb - 1).to(blank).reshape(count, 3, *blank.shape[2:-2], side, side)
         try:
             found = torch.cat([middle_of(vae.encode(part)) for part in given.split(AT_ONCE)]).float()
-        except (RuntimeError, TypeError, ValueError, AttributeError):  # a VAE of one direction only, for example
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a VAE of one direction only does
             return None
-        if found.shape != (len(rgb), *blank.shape[1:]):
+        if found.shape != (count, *blank.shape[1:]) or not found.isfinite().all():
             return None
-        return found.squeeze(2) if frames else found, rgb.to(found.device)
+        return found.reshape(count, -1, SIDE, SIDE), rgb.to(found.device)
 
-    def _decoded(self, fields: dict[str, Any], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decoded(self, fields: dict[str, Any], latents: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The same by decoding: smooth random latents, and what becomes of them (of a clip the first frame)."""
         # What stands before the VAE is affine per channel: zeros and ones tell it, whatever the request's size.
         low, high = (self._vae_input(fields, torch.full_like(latents, value)).float() for value in (0.0, 1.0))
@@ -186,18 +191,18 @@ class LatentPreview:
         mean = low.transpose(0, 1).reshape(channels, -1)[:, 0]
         std = high.transpose(0, 1).reshape(channels, -1)[:, 0] - mean
         generator = torch.Generator().manual_seed(0)
-        sample = _smooth_noise(SAMPLES, channels, generator).to(low.device) * std[:, None, None] + mean[:, None, None]
+        sample = _smooth_noise(count, channels, generator).to(low.device) * std[:, None, None] + mean[:, None, None]
         given = (sample.unsqueeze(2) if low.ndim == 5 else sample).to(latents.dtype)
         made = torch.cat([self._vae().decode(part, return_dict=False)[0].float() for part in given.split(AT_ONCE)])
-        rgb = made.reshape(SAMPLES, 3, -1, *made.shape[-2:])[:, :, 0] / 2 + 0.5
+        rgb = made.reshape(count, 3, -1, *made.shape[-2:])[:, :, 0] / 2 + 0.5
         return sample, rgb.clamp(0, 1)
 
 
-def _neighbourhoods(latents: torch.Tensor) -> torch.Tensor:
-    """(batch, height, width, REACH² · channels): every latent pixel with those around it."""
+def _neighbourhoods(latents: torch.Tensor, reach: int) -> torch.Tensor:
+    """(batch, height, width, reach² · channels): every latent pixel with those around it."""
     batch, _, height, width = latents.shape
-    padded = F.pad(latents, [REACH // 2] * 4, mode="replicate")
-    return F.unfold(padded, REACH).transpose(1, 2).reshape(batch, height, width, -1)
+    padded = F.pad(latents, [reach // 2] * 4, mode="replicate")
+    return F.unfold(padded, reach).transpose(1, 2).reshape(batch, height, width, -1)
 
 
 class _Husks(Components):
@@ -283,8 +288,8 @@ def _plain_pictures(count: int, side: int, generator: torch.Generator) -> torch.
         for shape in range(SHAPES):
             left, top = 2 * numbers(2) - 1
             wide, high = 0.5 * numbers(2) + 0.08
-            across, down = ((x - left) / wide).abs(), ((y - top) / high).abs()
-            inside = across**2 + down**2 < 1 if shape % 2 else torch.maximum(across, down) < 1
+            aside, above = ((x - left) / wide).abs(), ((y - top) / high).abs()
+            inside = aside**2 + above**2 < 1 if shape % 2 else torch.maximum(aside, above) < 1
             picture = torch.where(inside, numbers(3, 1, 1), picture)
         reach = side // SIDE
         if index % 2 and reach:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         StepDone,
         UsePreview,
     )
+    from triptych.stage.vae import middle_of
 
 # Imported on first use: the words of the contract must not cost diffusers.
 _FILES = {
@@ -51,6 +52,7 @@ _FILES = {
         "StepDone",
         "UsePreview",
     ),
+    "vae": ("middle_of",),
 }
 _HOME = {name: file for file, names in _FILES.items() for name in names}
 
@@ -78,6 +80,7 @@ __all__ = [
     "StageTask",
     "StepDone",
     "UsePreview",
+    "middle_of",
 ]
 
 

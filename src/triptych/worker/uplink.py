@@ -235,10 +235,14 @@ class ProcessUplink:
         elif event is Event.NO_KEY:
             self._end(Refused(reason=f"the coordinator at {self._endpoint} does not have this key on its list"))
         elif not self._welcomed:
-            which = "is no coordinator, or its key is not the one that the key file names"
+            which = "is no coordinator"
+            if self._keys is not None:
+                which += ", or its key is not the one that the key file names"
             self._end(Refused(reason=f"what answers at {self._endpoint} {which}"))
         elif event is Event.STRANGER:  # a coordinator was there and may be again; the conversation goes on
             self._connect_anew(RECONNECT_SECONDS)
+            for frame in self._line.resume():
+                self._put(frame)
 
     def _take(self, frame: bytes) -> None:
         try:

@@ -7,15 +7,15 @@ import enum
 import errno
 import selectors
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from triptych.line import MAX_MESSAGE, MAX_QUEUED, BadFrame
+from triptych.line import MAX_FRAME, MAX_QUEUED, BadFrame
 from triptych.sockets import Source, ZmqSource
-from triptych.stream import GREETING, Stream
+from triptych.stream import GREETING, MAX_PATH, Stream, await_room
 
 __all__ = ["CurveKeys", "Event", "UnixWire", "Wire", "ZmqWire", "open_wire"]
 
@@ -30,7 +30,7 @@ NO_GREETING = (zmq.EVENT_DISCONNECTED, zmq.EVENT_CONNECTED)  # the one right aft
 class Event(enum.Enum):
     """What happened to a wire."""
 
-    BACK = "what was sent before may be lost"
+    BACK = "it is connected; what was sent before may be lost"
     STRANGER = "what answers is no coordinator; the wire is of no use any more"
     HUNG_UP = "whatever is there has hung up again and again before it said who it is"
     NO_KEY = "the coordinator does not have our key on its list"
@@ -69,7 +69,7 @@ class Wire(Source, Protocol):
 
 
 def open_wire(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes, keys: CurveKeys | None) -> Wire:
-    """To `ipc://PATH` or `tcp://HOST:PORT`. Raises ValueError for what is neither, and for keys that are none."""
+    """To `ipc://PATH`, or where ZeroMQ can connect to. Raises ValueError for what is neither, and for bad keys."""
     scheme, _, rest = endpoint.partition("://")
     if scheme == "ipc":
         return UnixWire(rest, identity)
@@ -80,8 +80,8 @@ class UnixWire:
     """To a listener's Unix socket."""
 
     def __init__(self, path: str, identity: bytes) -> None:
-        if not path or len(path.encode()) > 107:
-            raise ValueError("its path has no 1 to 107 bytes")
+        if not 0 < len(path.encode()) <= MAX_PATH:
+            raise ValueError(f"a Unix socket's path has 1 to {MAX_PATH} bytes")
         self._path, self._identity = path, identity
         self._stream: Stream | None = None
         self._greeted = False
@@ -107,11 +107,9 @@ class UnixWire:
         frames: list[bytes] = []
         try:
             for _, events in self._selector.select(0):
+                frames = stream.receive()
                 if events & selectors.EVENT_WRITE:
-                    stream.push()
-                    self._mind(stream)
-                if events & selectors.EVENT_READ:
-                    frames = stream.receive()
+                    self._push(stream, stream.push)
         except OSError:
             self._failed += not self._greeted
             self._hang_up()
@@ -133,29 +131,25 @@ class UnixWire:
                 return
 
     def _connect(self) -> Stream | None:
-        connection = socket.socket(socket.AF_UNIX)
-        connection.setblocking(False)
-        try:
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # nobody is there, or takes more just now
+            connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+            connection.setblocking(False)
             connection.connect(self._path)
-        except OSError:  # nobody is there, or it takes no more just now
-            connection.close()
-            return None
-        self._stream = Stream(connection)
-        self._selector.register(connection, selectors.EVENT_READ)
+            self._selector.register(connection, selectors.EVENT_READ)
+            self._stream = Stream(connection)
+            stack.pop_all()
         return self._stream
 
     def put(self, frame: bytes) -> None:
         """See `Wire`."""
         if self._stream is not None and self._greeted:
-            with contextlib.suppress(OSError):  # `take` will see it
-                self._stream.send(frame)
-                self._mind(self._stream)
+            stream = self._stream
+            self._push(stream, lambda: stream.send(frame))
 
-    def _mind(self, stream: Stream) -> None:
-        """Waits until the other end takes what it has not taken."""
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if stream.stuck else 0)
-        if self._selector.get_key(stream.connection).events != wanted:
-            self._selector.modify(stream.connection, wanted)
+    def _push(self, stream: Stream, send: Callable[[], None]) -> None:
+        with contextlib.suppress(OSError):  # what was said before the other end left is still to be read
+            send()
+            await_room(self._selector, stream)
 
     def _hang_up(self, linger: float = 0.0) -> None:
         self._greeted = False
@@ -249,7 +243,7 @@ def _check_port(endpoint: str) -> None:
 
 def _configure(dealer: zmq.Socket[bytes], identity: bytes) -> None:
     dealer.set(zmq.ROUTING_ID, identity)
-    dealer.set(zmq.MAXMSGSIZE, MAX_MESSAGE + 64)
+    dealer.set(zmq.MAXMSGSIZE, MAX_FRAME)
     dealer.set(zmq.SNDHWM, 2 * MAX_QUEUED)  # the line's own bound comes first
     dealer.set(zmq.IPV6, 1)
     dealer.set(zmq.RECONNECT_IVL, 100)

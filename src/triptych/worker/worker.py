@@ -268,8 +268,7 @@ class Worker:
 
     def _serve(self, ready: Ready) -> None:
         """Receive, admit, step, report."""
-        self._say(self._pulse.beat())  # what is free decides what is let in from the first job on
-        self._say(ready)
+        self._say_ready(ready)
         logger.info("ready: %s", ", ".join(ready.capacity))
         while self._take_orders():
             self._desk.turn()
@@ -337,7 +336,11 @@ class Worker:
         self._pulse.seconds = welcome.heartbeat_seconds
         if self._leave_by is not None:
             self._say(Draining())
-        self._say(msgspec.structs.replace(self._ready, kept=tuple(sorted(self._outbox.names()))))
+        self._say_ready(msgspec.structs.replace(self._ready, kept=tuple(sorted(self._outbox.names()))))
+
+    def _say_ready(self, ready: Ready) -> None:
+        self._say(self._pulse.beat())  # what is free decides what is let in, from the first job on
+        self._say(ready)
 
     def _flush(self, order: Flush) -> None:
         assert self._opened is not None
