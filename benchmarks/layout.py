@@ -1,9 +1,11 @@
 """What it costs to be split, and what a split keeps of its slowest stage: per request, and with many in flight.
 
 Latency: requests through a fused and a split Engine in turns, and through the stages alone, each in a process of its
-own, one after another, with nothing handed over. Throughput: so many in flight through worker processes, beside the
-slowest stage driven alone, back to back, by the same number of threads on the same processors; both in turns, the
-median of the turns' ratios. Once with stages that only wait, and with real ones.
+own, one after another, with nothing handed over. A process is faster or slower for its life, by a tenth of what its
+stages take; beside that, what it costs to be split is seen in what a request takes outside of its stages. Throughput:
+so many in flight through worker processes, beside the slowest stage driven alone, back to back, by the same number of
+threads on the same processors; both in turns, the median of the turns' ratios. Once with stages that only wait, and with
+real ones.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,28 +118,41 @@ def asking(engine: Engine, fields: dict[str, Any]) -> Callable[[], Result]:
 
 
 def latency_rows(case: Case, openings: int) -> list[Row]:
-    """A fused and a split engine and bare processes in turns, opened anew a few times: where its weights lie makes a
-    process faster or slower for its life."""
+    """A fused and a split engine and bare processes in turns, opened anew a few times."""
     taken: dict[str, list[float]] = {}
-    equal = True
+    outside: dict[str, list[float]] = {}
+    equal, whole = True, []
     for _ in range(openings):
-        equal &= _take_turns(case, taken)
-    middle = {name: 1000 * statistics.median(seconds) for name, seconds in taken.items()}
-    beyond = {
-        name: 1000 * statistics.median(map(operator.sub, taken["split"], seconds)) for name, seconds in taken.items()
-    }
-    what, more = f"{case.name}, {case.few} steps", "a request split takes more than"
+        since = len(taken.get("split", ()))
+        equal &= _take_turns(case, taken, outside)
+        whole.append(_beyond(taken["split"][since:], taken["fused"][since:]))
+    what = f"{case.name}, {case.few} steps"
+    spread = f"{min(whole):.1f} to {max(whole):.1f} in {openings} openings"
     return [
         Row(f"{case.name}: pictures of split and fused", "equal" if equal else "differ", "bit for bit", equal),
-        Row.at_most(f"{what}: {more} fused", beyond["fused"], LATENCY_LIMIT, "ms", 2),
-        Row(f"{what}: {more} its stages in three bare processes", f"{beyond['bare']:.2f} ms"),
-        Row(f"{what}: a request", ", ".join(f"{name} {ms:.1f} ms" for name, ms in middle.items())),
-    ]
+        Row.at_most(
+            f"{what}: a request split takes more than fused, outside of its stages",
+            _beyond(outside["split"], outside["fused"]), LATENCY_LIMIT, "ms", 2,
+        ),
+        Row(f"{what}: the same with its stages", f"{_beyond(taken['split'], taken['fused']):.2f} ms ({spread})"),
+        Row(f"{what}: outside of its stages", _medians(outside, 2)),
+        Row(f"{what}: a request", _medians(taken, 1)),
+    ]  # fmt: skip
 
 
-def _take_turns(case: Case, taken: dict[str, list[float]]) -> bool:
-    """Adds the median of each turn's requests, by contender. The first of a turn finds others' data in the caches, and
-    does not count. Whether fused and split give equal pictures."""
+def _medians(taken: dict[str, list[float]], digits: int) -> str:
+    return ", ".join(f"{name} {1000 * statistics.median(seconds):.{digits}f} ms" for name, seconds in taken.items())
+
+
+def _beyond(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """Milliseconds, at the median of the turns."""
+    return 1000 * statistics.median(map(operator.sub, seconds, others))
+
+
+def _take_turns(case: Case, taken: dict[str, list[float]], outside: dict[str, list[float]]) -> bool:
+    """Adds the medians of each turn's requests, by contender: of the whole, and of what is outside of the stages. The
+    first of a turn finds others' data in the caches, and does not count. Whether fused and split give equal
+    pictures."""
     fields = case.request(case.few)
     with contextlib.ExitStack() as stack:
         layouts = {"fused": Layout.fused().overridden(threads=1), "split": Layout.split().overridden(threads=1)}
@@ -152,13 +167,23 @@ def _take_turns(case: Case, taken: dict[str, list[float]]) -> bool:
             for process in alone:
                 process.rate(1)
 
-        runs: list[tuple[str, Callable[[], object]]] = [*engines.items(), ("bare", one_after_another)]
+        runs: list[tuple[str, Callable[[], Result | None]]] = [*engines.items(), ("bare", one_after_another)]
         for number in range(TURNS):
             for name, run in runs[number % len(runs) :] + runs[: number % len(runs)]:
                 run()
-                turn = [seconds_of(run) for _ in range(IN_A_TURN)]
-                taken.setdefault(name, []).append(statistics.median(turn))
+                turn = [_timed(run) for _ in range(IN_A_TURN)]
+                taken.setdefault(name, []).append(statistics.median(whole for whole, _ in turn))
+                if name in engines:
+                    outside.setdefault(name, []).append(statistics.median(rest for _, rest in turn))
     return bool((pictures_in(made["fused"]) == pictures_in(made["split"])).all())
+
+
+def _timed(run: Callable[[], Result | None]) -> tuple[float, float]:
+    """How long a request takes, and how much of it outside of its stages."""
+    began = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - began
+    return seconds, seconds - sum(took.seconds for took in result.times) if result is not None else seconds
 
 
 def throughput_rows(case: Case, rounds: int, count: int) -> list[Row]:
