@@ -4,8 +4,8 @@ Latency: requests through a fused and a split Engine in turns, and through the s
 own, one after another, with nothing handed over. A process is faster or slower for its life, by a tenth of what its
 stages take; beside that, what it costs to be split is seen in what a request takes outside of its stages. Throughput:
 so many in flight through worker processes, beside the slowest stage driven alone, back to back, by the same number of
-threads on the same processors; both in turns, the median of the turns' ratios. Once with stages that only wait, and with
-real ones.
+threads on the same processors; both in turns, the median of the turns' ratios. Once with stages that only wait, and
+with real ones.
 """
 
 from __future__ import annotations
