@@ -165,7 +165,7 @@ class Engine:
         options = Options(preview, client, priority, deadline, exact, wanted, trace, id, digest)
         inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         job, resolved = self._submit(request, options, inbox.put, check)
-        return Job(job, resolved, self, inbox)
+        return Job(job, resolved, self.cancel, inbox)
 
     def _submit(
         self, request: Request, options: Options, listener: Listener, check: Callable[[Request], None] | None = None

@@ -6,15 +6,11 @@ import queue
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from triptych.cluster import JobRecord
 from triptych.errors import TriptychError
 from triptych.model import Resolved
 from triptych.request import Progress, Result
-
-if TYPE_CHECKING:
-    from triptych.engine.engine import Engine
 
 __all__ = ["Event", "Job", "JobView", "ResultFile"]
 
@@ -28,7 +24,7 @@ class Job:
 
     id: str
     resolved: Resolved
-    _engine: Engine
+    _cancel: Callable[[str], object]
     _inbox: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue)
 
     def events(self) -> Iterator[Progress | Result]:
@@ -53,7 +49,7 @@ class Job:
 
     def cancel(self) -> None:
         """Ends the job before its next step; a finished job is left alone."""
-        self._engine.cancel(self.id)
+        self._cancel(self.id)
 
 
 @dataclass(frozen=True)
