@@ -12,6 +12,7 @@ __all__ = ["MAX_FRAME", "MAX_MESSAGE", "MAX_QUEUED", "BadFrame", "Line", "Taken"
 MAX_MESSAGE = 64 << 20
 """bytes of one message; larger ones are refused by sender and receiver"""
 MAX_FRAME = MAX_MESSAGE + 64
+"""bytes of a frame, with its head"""
 
 MAX_QUEUED = 4096
 """messages that one end has sent and the other not acknowledged; more, and the line is hung up"""

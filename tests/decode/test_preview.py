@@ -112,9 +112,10 @@ def test_a_map_that_was_not_fitted_or_is_none_is_refused() -> None:
     decode.load(Components(topology.source), placement)
     with pytest.raises(Unsupported, match="fitted"):
         LatentPreview(decode).to_bytes()
-    other = b"".join(payload_parts(Payload({"weights": 1})))
-    with pytest.raises(WrongPayload, match="no map"):
-        LatentPreview.from_bytes(other, topology, placement, Trust())
+    for weights in (1, torch.zeros(5, 3)):  # the latter of one colour for each latent pixel
+        other = b"".join(payload_parts(Payload({"weights": weights, "dtype": "float32"})))
+        with pytest.raises(WrongPayload, match="no map"):
+            LatentPreview.from_bytes(other, topology, placement, Trust())
 
 
 def test_a_folder_without_a_vae_is_refused(tmp_path: Path) -> None:

@@ -222,9 +222,15 @@ def exchange() -> Iterator[Exchange]:
     made.close()
 
 
-def test_what_is_far_is_offered_once_it_is_near(url: str, exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
+def pictures_of_another(url: str, exchange: Exchange) -> tuple[ArtifactFolder, PayloadKeeper]:
+    """A server that finds pictures of one before it, which it has no copy of."""
     Folder(ArtifactFolder(url)).put("job", "pictures", Payload({"n": 1}))
-    keeper = PayloadKeeper(exchange, Folder(ArtifactFolder(url)))
+    artifacts = ArtifactFolder(url)
+    return artifacts, PayloadKeeper(exchange, Folder(artifacts))
+
+
+def test_what_is_far_is_offered_once_it_is_near(url: str, exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, keeper = pictures_of_another(url, exchange)
     slow = SlowReads(monkeypatch)
     with pytest.raises(NotNear) as caught:
         keeper.offer("job/pictures")
@@ -238,8 +244,7 @@ def test_what_is_far_is_offered_once_it_is_near(url: str, exchange: Exchange, mo
 
 
 def test_what_cannot_be_brought_here_is_gone(url: str, exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
-    Folder(ArtifactFolder(url)).put("job", "pictures", Payload({"n": 1}))
-    keeper = PayloadKeeper(exchange, Folder(ArtifactFolder(url)))
+    _, keeper = pictures_of_another(url, exchange)
     go = threading.Event()
 
     def fail(*_: Any, **__: Any) -> None:
@@ -259,9 +264,7 @@ def test_what_cannot_be_brought_here_is_gone(url: str, exchange: Exchange, monke
 def test_a_failed_task_is_kept_without_waiting_for_its_pictures(
     url: str, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Folder(ArtifactFolder(url)).put("job", "pictures", Payload({"n": 1}))
-    artifacts = ArtifactFolder(url)
-    keeper = PayloadKeeper(exchange, Folder(artifacts))
+    artifacts, keeper = pictures_of_another(url, exchange)
     slow = SlowReads(monkeypatch)
     keeper.keep_failed("job", b"task")
     keeper.drop("job", "pictures")
@@ -274,9 +277,7 @@ def test_a_failed_task_is_kept_without_waiting_for_its_pictures(
 def test_a_failed_task_is_kept_when_its_pictures_cannot_be_read(
     url: str, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Folder(ArtifactFolder(url)).put("job", "pictures", Payload({"n": 1}))
-    artifacts = ArtifactFolder(url)
-    keeper = PayloadKeeper(exchange, Folder(artifacts))
+    artifacts, keeper = pictures_of_another(url, exchange)
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("SlowDown")

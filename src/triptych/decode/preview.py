@@ -2,8 +2,8 @@
 
 Fitted once: random pictures of plain shapes are encoded, then least squares from a latent pixel and its neighbours to
 the four pixels that it becomes (diffusion UIs' hand-made "latent RGB factors", measured instead). A VAE that cannot
-encode decodes random latents for that. A process without the VAE is given the map as
-bytes, and runs the decode blocks up to where the VAE would be called on a VAE without weights.
+encode decodes random latents for that. A process without the VAE is given the map as bytes, and runs the decode blocks
+up to where the VAE would be called on a VAE without weights.
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ class LatentPreview:
         Raises WrongPayload or LoadError."""
         values = payload_of(data).values
         weights, dtype = values.get("weights"), getattr(torch, str(values.get("dtype")), None)
-        fits = isinstance(weights, torch.Tensor) and weights.ndim == 2 and weights.shape[1] == 3 * SCALE**2
-        if not (fits and isinstance(weights, torch.Tensor) and isinstance(dtype, torch.dtype)):
+        if not (isinstance(weights, torch.Tensor) and isinstance(dtype, torch.dtype)):
+            raise WrongPayload("no map from latents to colours", field="preview")
+        if weights.ndim != 2 or weights.shape[1] != 3 * SCALE**2:
             raise WrongPayload("no map from latents to colours", field="preview")
         own = Placement(placement.device, dtype)
         husks = _Husks(topology.source, trust, values.get("buffers", {}))
@@ -150,7 +151,8 @@ class LatentPreview:
         raise Unsupported("this model's decode blocks never call the VAE: no previews", field="preview")
 
     def _fit(self, fields: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
-        """(REACH² · channels + 1, 3 · SCALE²) in fp32: RGB in 0…1 from latents, the last row the bias."""
+        """(REACH² · channels + 1, 3 · SCALE²) in fp32, or (channels + 1, …) without the neighbours: RGB in 0…1 from
+        latents, the last row the bias."""
         like = self._vae_input(fields, torch.zeros_like(latents))
         blank = torch.zeros(1, like.shape[1], *((1,) if like.ndim == 5 else ()), SIDE, SIDE).to(like)
         side = self._vae().decode(blank, return_dict=False)[0].shape[-1]

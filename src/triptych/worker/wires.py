@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import os
 import selectors
 import socket
 from collections.abc import Callable, Iterator
@@ -80,7 +81,7 @@ class UnixWire:
     """To a listener's Unix socket."""
 
     def __init__(self, path: str, identity: bytes) -> None:
-        if not 0 < len(path.encode()) <= MAX_PATH:
+        if not 0 < len(os.fsencode(path)) <= MAX_PATH:
             raise ValueError(f"a Unix socket's path has 1 to {MAX_PATH} bytes")
         self._path, self._identity = path, identity
         self._stream: Stream | None = None
