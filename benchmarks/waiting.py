@@ -38,6 +38,7 @@ from triptych.model import Defaults, Placement, Source, StageTopology, Topology 
 from triptych.request import StageName  # noqa: E402
 from triptych.stage import (  # noqa: E402
     Admitted,
+    Caches,
     Full,
     LoadProgress,
     Output,
@@ -63,6 +64,7 @@ class WaitingStage:
     """Holds what it is given and, one task at a time, does nothing for so long."""
 
     def __init__(self, name: StageName, seconds: float) -> None:
+        self.caches = Caches()
         self._name: StageName = name
         self._seconds = seconds
         self._tasks: dict[str, StageTask] = {}

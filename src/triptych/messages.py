@@ -17,6 +17,7 @@ __all__ = [
     "PROTOCOL",
     "Address",
     "Busy",
+    "CacheUse",
     "Cancel",
     "Checkpointed",
     "Descriptor",
@@ -56,7 +57,7 @@ __all__ = [
     "ticket_is_good",
 ]
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Changes with every change of what is said here; unequal ones refuse each other."""
 
 Route = Literal["reference", "memfd", "tcp", "mooncake"]
@@ -209,6 +210,16 @@ class Busy(Part, frozen=True):
     seconds: float
 
 
+class CacheUse(Part, frozen=True):
+    """How a cache has served since its worker started: how often it had what was asked for, and how often it had not.
+    `stage`: None for one of the process, that its stages share."""
+
+    cache: str
+    hits: int
+    misses: int
+    stage: StageName | None = None
+
+
 class Heartbeat(Message, frozen=True):
     """Sent each second by a thread of its own; renews the lease of all the worker's tasks."""
 
@@ -221,6 +232,7 @@ class Heartbeat(Message, frozen=True):
     kept: int = 0
     """payloads that it keeps for others"""
     kept_bytes: int = 0
+    caches: tuple[CacheUse, ...] = ()
 
 
 class Picture(Part, frozen=True):

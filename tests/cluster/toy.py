@@ -14,6 +14,7 @@ from triptych.errors import Damaged, PayloadLost
 from triptych.messages import (
     PROTOCOL,
     Busy,
+    CacheUse,
     Cancel,
     Checkpointed,
     Descriptor,
@@ -180,9 +181,9 @@ class ToyWorker:
         task = self.held.pop(job)
         self.say(Failed(job=job, stage=task.stage, attempt=task.attempt, code=code, message=f"{code} here", **more))
 
-    def beat(self, job: str | None = None, seconds: float = 0.0) -> None:
+    def beat(self, job: str | None = None, seconds: float = 0.0, caches: tuple[CacheUse, ...] = ()) -> None:
         busy = Busy(job=job, stage=self.held[job].stage, seconds=seconds) if job else None
-        self.say(Heartbeat(busy=busy, moving=self.moving, kept=len(self.kept)))
+        self.say(Heartbeat(busy=busy, moving=self.moving, kept=len(self.kept), caches=caches))
 
     def prove(self, healthy: bool = True) -> None:
         self.to_prove -= 1

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.commands import PROMPT, Server, short_folder, until
 
@@ -40,6 +41,18 @@ def flush(server: Server) -> dict[str, Any]:
     return {**found, "workers": {worker["worker"]: worker for worker in found["workers"]}}
 
 
+def cache_use(server: Server, cache: str, worker: str) -> tuple[float, float]:
+    """Hits and misses of a worker's cache, as Prometheus reads them."""
+    text = server.client.get("/metrics").raise_for_status().text
+    found = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.labels.get("cache") == cache and sample.labels["worker"] == worker
+    }
+    return found["triptych_cache_hits_total"], found["triptych_cache_misses_total"]
+
+
 def shared_bytes(server: Server) -> int:
     """What all workers hold of memory files, as the system counts it."""
     total = 0
@@ -51,7 +64,9 @@ def shared_bytes(server: Server) -> int:
 
 def test_what_was_kept_is_freed_once_and_fills_again(server: Server) -> None:
     flush(server)
+    hits, misses = cache_use(server, "previews", "denoise")
     done = server.ended(server.submit(num_inference_steps=3, preview=True)["id"])
+    until(lambda: cache_use(server, "previews", "denoise") == (hits + 2, misses + 1), server.cluster)
     before = server.picture(done)
     until(server.is_idle, server.cluster)
     time.sleep(1.5)  # small payloads are released with the coordinator's next tick
@@ -71,6 +86,8 @@ def test_what_was_kept_is_freed_once_and_fills_again(server: Server) -> None:
     repeated = server.ended(server.submit(num_inference_steps=3, preview=True)["id"])
     assert server.picture(repeated) == before
     until(server.is_idle, server.cluster)
+    until(lambda: cache_use(server, "previews", "denoise") == (hits + 4, misses + 2), server.cluster)
+    until(lambda: cache_use(server, "transfer", "encode")[1] >= 2, server.cluster)
     assert flush(server)["workers"]["denoise"]["stages"]["denoise"]["previews"] > 0
 
 

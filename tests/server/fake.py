@@ -16,7 +16,7 @@ from triptych.cluster import Estimate, Status, Totals
 from triptych.cluster.flushing import FlushReport
 from triptych.cluster.jobs import ENDED, Failure, JobRecord, JobSpec, JobState, Outcome, StageSpec
 from triptych.errors import InvalidRequest
-from triptych.messages import Encoding, Stepped
+from triptych.messages import CacheUse, Encoding, Stepped
 from triptych.model import VaeCall
 from triptych.model.topology import STAGES, Defaults, Source, StageTopology, Topology
 from triptych.request import Request
@@ -74,6 +74,7 @@ class Hand:
     free_bytes: int = 500
     kept_bytes: int = 0
     weights: dict[str, int] = field(default_factory=dict)
+    caches: tuple[CacheUse, ...] = (CacheUse(cache="transfer", hits=3, misses=1),)
 
 
 def _shape(request: Request) -> dict[str, Any]:

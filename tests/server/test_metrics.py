@@ -16,6 +16,7 @@ from tests.server.conftest import LOCAL
 from tests.server.fake import FakeEngine
 from triptych.cluster import Status
 from triptych.config import ServeSection
+from triptych.messages import CacheUse
 from triptych.server import KeyRing, create_app
 from triptych.server.locks.key_file import ApiKey
 
@@ -93,7 +94,8 @@ def busy(cluster: ToyCluster) -> TestClient:
         cluster.clock.now += seconds
         worker.step("a", 1, seconds=0.25)
         worker.done("a", fetched_by="memfd", fetched_bytes=1000, fetched_seconds=0.01)
-    worker.beat()
+    previews = CacheUse(stage="denoise", cache="previews", hits=7, misses=1)
+    worker.beat(caches=(previews, CacheUse(cache="transfer", hits=5, misses=2)))
     cluster.worker("decode").die()
     cluster.submit("b")
     return TestClient(create_app(Cluster(cluster), ServeSection(), version="1"), LOCAL)
@@ -119,6 +121,9 @@ def test_the_cluster_is_told_as_it_is(busy: TestClient, cluster: ToyCluster) -> 
         value("worker_up", worker="w0", stage="denoise") == 1 and value("worker_up", worker="w1", stage="decode") == 0
     )
     assert value("workers_lost_total") == 1
+    for use in ((7, "hits"), (1, "misses")):
+        assert use[0] == value(f"cache_{use[1]}_total", worker="w0", stage="denoise", cache="previews")
+    assert value("cache_hits_total", worker="w0", stage="", cache="transfer") == 5
     cluster.workers[0].die()
     found = scrape(busy)
     assert value("worker_up", worker="w0", stage="denoise") == 0

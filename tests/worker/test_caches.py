@@ -8,8 +8,8 @@ import psutil
 import torch
 
 from tests.worker.fakes import TRANSFER, ToyStage, running, toy_opened, toy_result, toy_task
-from triptych.messages import Flush, Flushed, Release, TaskDone
-from triptych.stage import Caches, Freed
+from triptych.messages import CacheUse, Flush, Flushed, Heartbeat, Release, TaskDone
+from triptych.stage import Caches, Freed, Used
 from triptych.stage import Flush as FlushOrder
 from triptych.transfer import Exchange
 from triptych.worker.caches import process_caches
@@ -42,6 +42,30 @@ def test_caches_that_come_later_take_part_and_one_that_fails_keeps_none() -> Non
     caches.register("broken", lambda: 1)
     assert caches.flush() == Freed({"first": 0, "broken": 1, "later": 5})
     assert not first.kept and not later.kept
+
+
+def test_those_that_count_tell_how_they_have_served() -> None:
+    caches = Caches()
+    caches.register("uncounted", lambda: 0)
+    caches.register("counted", lambda: 0, lambda: Used(3, 1))
+    assert caches.used() == {"counted": Used(3, 1)}
+    caches.register("counted", lambda: 0)
+    assert caches.used() == {}, "the newer one of that name does not count"
+
+
+def test_a_worker_tells_how_its_caches_have_served() -> None:
+    stage = ToyStage()
+    stage.caches.register("store", lambda: 0, lambda: Used(5, 2))
+    with running(toy_opened(stage)) as own:
+        for number, job in enumerate(("a", "b", "c"), 1):
+            own.coordinator.run(toy_task(job, steps=1))
+            own.read(own.coordinator.wait(TaskDone, job))
+            beat = own.coordinator.wait(Heartbeat, count=len(own.coordinator.all(Heartbeat)) + 2)
+            assert beat.caches == (
+                CacheUse(stage="denoise", cache="store", hits=5, misses=2),
+                CacheUse(stage="denoise", cache="previews", hits=0, misses=0),
+                CacheUse(cache="transfer", hits=number - 1, misses=1),
+            )
 
 
 def test_a_stage_flushes_what_was_registered_with_it() -> None:

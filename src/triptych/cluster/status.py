@@ -7,7 +7,7 @@ import msgspec
 from triptych.cluster.live import Member
 from triptych.cluster.measures import Measures
 from triptych.cluster.scheduler import Scheduler
-from triptych.messages import Busy
+from triptych.messages import Busy, CacheUse
 from triptych.request import StageName
 
 __all__ = ["StageStatus", "Status", "Totals", "WorkerStatus", "take_status"]
@@ -57,6 +57,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     busy: Busy | None = None
     dtype: str = ""
     """what most of its weights are held in, as torch names it"""
+    caches: tuple[CacheUse, ...] = ()
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
@@ -153,4 +154,5 @@ def _worker(member: Member, now: float) -> WorkerStatus:
         last_seen=now - member.seen,
         busy=member.busy,
         dtype=hello.dtype,
+        caches=beat.caches if beat else (),
     )

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from triptych.stage.caches import Caches, Freed
+    from triptych.stage.caches import Caches, Freed, Used
     from triptych.stage.gather import Call, Gather, Parked
     from triptych.stage.gathered import GatherStage, Live
     from triptych.stage.protocol import (
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Imported on first use: the words of the contract must not cost diffusers.
 _FILES = {
-    "caches": ("Caches", "Freed"),
+    "caches": ("Caches", "Freed", "Used"),
     "gather": ("Call", "Gather", "Parked"),
     "gathered": ("GatherStage", "Live"),
     "protocol": (
@@ -80,6 +80,7 @@ __all__ = [
     "StageTask",
     "StepDone",
     "UsePreview",
+    "Used",
     "middle_of",
 ]
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-__all__ = ["Caches", "Freed"]
+__all__ = ["Caches", "Freed", "Used"]
 
 logger = logging.getLogger(__name__)
 
@@ -19,16 +19,33 @@ class Freed:
     failed: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Used:
+    """How often a cache had what was asked for, and how often it had to be made, since the cache was registered."""
+
+    hits: int
+    misses: int
+
+
 class Caches:
-    """The caches of a stage, or of a worker's process. Used by the thread that drives the stage, between units."""
+    """The caches of a stage, or of a worker's process. Used by the thread that drives the stage, between units; any
+    thread may ask for what was `used`."""
 
     def __init__(self) -> None:
         self._flush: dict[str, Callable[[], int]] = {}
+        self._used: dict[str, Callable[[], Used]] = {}
 
-    def register(self, name: str, flush: Callable[[], int]) -> None:
+    def register(self, name: str, flush: Callable[[], int], used: Callable[[], Used] | None = None) -> None:
         """Adds a cache, in place of an older one of that name. `flush` lets go of what it holds and returns its
-        bytes; afterwards the cache fills again by itself."""
+        bytes; afterwards the cache fills again by itself. `used` (None: nobody can know) counts, on any thread."""
         self._flush[name] = flush
+        self._used.pop(name, None)
+        if used is not None:
+            self._used[name] = used
+
+    def used(self) -> dict[str, Used]:
+        """How each of those that count has served, in the order in which they came."""
+        return {name: used() for name, used in list(self._used.items())}
 
     def flush(self) -> Freed:
         """Flushes them all, in the order in which they came. One that fails does not keep the others."""

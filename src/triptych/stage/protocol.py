@@ -10,7 +10,7 @@ import torch
 
 from triptych.errors import TriptychError
 from triptych.request import VaeTask
-from triptych.stage.caches import Freed
+from triptych.stage.caches import Caches, Freed
 from triptych.transfer import Payload
 
 JobId = str
@@ -142,6 +142,9 @@ Order = UsePreview | Flush
 
 class Stage(Protocol):
     """One panel of a model on one device or group of devices."""
+
+    caches: Caches
+    """What it keeps only to be faster."""
 
     def load(self, report: Callable[[LoadProgress], None]) -> StageInfo:
         """Loads only this stage's weights. Raises LoadError."""

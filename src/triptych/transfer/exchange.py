@@ -304,6 +304,11 @@ class Exchange:
             self._reader.trim()
         return self._pool.trim() + self._arriving.trim()
 
+    def reserved(self) -> tuple[int, int]:
+        """How often memory for a payload was found in the pools, and how often it had to be made."""
+        kept, arriving = self._pool.reserved, self._arriving.reserved
+        return kept[0] + arriving[0], kept[1] + arriving[1]
+
     def stats(self) -> ExchangeStats:
         """What it holds and has done."""
         counts = self._counts

@@ -127,6 +127,7 @@ class Pool:
         self._made, self._dropped = made, dropped
         self._segments: dict[int, Segment] = {}
         self._count = 0
+        self._found = 0
         self._changed = threading.Condition()
         self._closed = False
 
@@ -135,6 +136,12 @@ class Pool:
         """Bytes of all segments."""
         with self._changed:
             return sum(segment.size for segment in self._segments.values())
+
+    @property
+    def reserved(self) -> tuple[int, int]:
+        """How many slots lay in segments that were there, and for how many one had to be made."""
+        with self._changed:
+            return self._found, self._count
 
     def segment(self, index: int) -> tuple[int, int] | None:
         """A duplicate of a segment's descriptor, for the caller to close, and its size; None if there is none."""
@@ -168,6 +175,7 @@ class Pool:
     def _take(self, size: int, taken: int) -> Slot | None:
         for segment in self._segments.values():
             if (start := segment.take(taken)) is not None:
+                self._found += 1
                 return Slot(segment, start, size, taken)
         segment = self._grow(taken)
         if segment is None:

@@ -10,19 +10,19 @@ from collections.abc import Mapping
 import psutil
 import torch
 
-from triptych.messages import Flushed
+from triptych.messages import CacheUse, Flushed
 from triptych.request import StageName
-from triptych.stage import Caches, Flush, Freed, Stage
+from triptych.stage import Caches, Flush, Freed, Stage, Used
 from triptych.transfer import Exchange
 
-__all__ = ["flush_all", "process_caches"]
+__all__ = ["caches_used", "flush_all", "process_caches"]
 
 
 def process_caches(exchange: Exchange, device: torch.device) -> Caches:
     """The caches of a worker's process: the transfer pools' unused segments, and what its memory allocator holds. The
     allocator comes last, since it holds what the others let go of."""
     caches = Caches()
-    caches.register("transfer", exchange.trim)
+    caches.register("transfer", exchange.trim, lambda: Used(*exchange.reserved()))
     caches.register("allocator", lambda: _empty_allocator(device))
     return caches
 
@@ -37,6 +37,16 @@ def flush_all(number: int, stages: Mapping[StageName, Stage], process: Caches) -
         stages={name: one.bytes for name, one in freed.items()},
         process=shared.bytes,
         failed={**failed, **{f"process/{cache}": why for cache, why in shared.failed.items()}},
+    )
+
+
+def caches_used(stages: Mapping[StageName, Stage], process: Caches) -> tuple[CacheUse, ...]:
+    """How the stages' caches and the process' have served. Any thread may ask."""
+    every: dict[StageName | None, Caches] = {name: stage.caches for name, stage in stages.items()}
+    return tuple(
+        CacheUse(stage=name, cache=cache, hits=used.hits, misses=used.misses)
+        for name, caches in {**every, None: process}.items()
+        for cache, used in caches.used().items()
     )
 
 

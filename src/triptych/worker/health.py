@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 from triptych.device import free_bytes
-from triptych.messages import Busy, Heartbeat, Proved
+from triptych.messages import Busy, CacheUse, Heartbeat, Proved
 from triptych.request import StageName
 from triptych.transfer import Exchange
 
@@ -34,6 +34,8 @@ class Pulse:
         """job, stage and beginning (of time.monotonic) of the unit that runs now"""
         self.moving: Callable[[], bool] = lambda: False
         """whether a task's inputs or outputs are on their way"""
+        self.caches: Callable[[], tuple[CacheUse, ...]] = tuple
+        """how its caches have served"""
         self.seconds = seconds
         self._send = send
         self._exchange = exchange
@@ -54,6 +56,7 @@ class Pulse:
             free_bytes=free_bytes(self._device),
             kept=stats.kept,
             kept_bytes=stats.kept_bytes,
+            caches=self.caches(),
         )
 
     def stop(self) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from triptych.decode import LatentPreview, learn_preview
 from triptych.request import StageName
-from triptych.stage import GatherStage, Stage, UsePreview
+from triptych.stage import GatherStage, Stage, Used, UsePreview
 from triptych.worker.opening import Opened
 
 logger = logging.getLogger(__name__)
@@ -24,9 +24,11 @@ class Previews:
         self._map = b""
         self._started = False
         self._made: LatentPreview | None = None
+        self._hits = self._misses = 0
+        self._unused = True
         denoise = self._stage("denoise")
         if denoise is not None:
-            denoise.caches.register("previews", self._flush)
+            denoise.caches.register("previews", self._flush, lambda: Used(self._hits, self._misses))
 
     def offered(self) -> bytes:
         """The map for denoise workers elsewhere; empty if this worker has both stages, or none can be fitted."""
@@ -51,17 +53,23 @@ class Previews:
             return
         self._started = True
         try:
-            self._made = self._preview()
-            if self._made is not None:
+            if self._make() is not None:
                 denoise.control(UsePreview(self._show))
         except Exception as error:
             logger.warning("no previews: %s", error)
 
     def _show(self, fields: dict[str, Any], latents: torch.Tensor) -> torch.Tensor:
-        if self._made is None:  # flushed since
-            self._made = self._preview()
-        assert self._made is not None, "what it is made with does not go away"
-        return self._made(fields, latents)
+        made = self._made or self._make()  # flushed since
+        assert made is not None, "what it is made with does not go away"
+        if self._unused:
+            self._misses, self._unused = self._misses + 1, False
+        else:
+            self._hits += 1
+        return made(fields, latents)
+
+    def _make(self) -> LatentPreview | None:
+        self._made, self._unused = self._preview(), True
+        return self._made
 
     def _flush(self) -> int:
         made, self._made = self._made, None

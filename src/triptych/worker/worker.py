@@ -41,7 +41,7 @@ from triptych.model import topology_to_bytes
 from triptych.request import StageName
 from triptych.stage import GatherStage, LoadProgress, StageInfo
 from triptych.transfer import Exchange
-from triptych.worker.caches import flush_all, process_caches
+from triptych.worker.caches import caches_used, flush_all, process_caches
 from triptych.worker.desk import Arrived, Desk, Given
 from triptych.worker.health import Proof, Pulse
 from triptych.worker.inputs import Inputs
@@ -214,7 +214,8 @@ class Worker:
             infos[name] = stage.load(self._loading)
         self._proof = Proof(_modules(opened), opened.placement.device)
         self._previews = Previews(opened)
-        self._caches = process_caches(self._exchange, opened.placement.device)
+        caches = self._caches = process_caches(self._exchange, opened.placement.device)
+        self._pulse.caches = lambda: caches_used(opened.stages, caches)
         credits: dict[StageName, int] = {name: info.capacity + AHEAD for name, info in infos.items()}
         ready = Ready(
             topology=topology_to_bytes(opened.topology),

@@ -27,6 +27,10 @@ _CLUSTER = {
             "name": "denoise", "incarnation": "7c1e", "slot": "denoise", "host": "local", "pid": 4321, "device": "cpu",
             "stages": ["denoise"], "state": "busy", "tasks": 4, "done": 310, "failed": 0, "memory_bytes": 480000000,
             "free_bytes": 9000000000, "kept": 2, "kept_bytes": 65536, "weights": {"denoise": 7340032}, "last_seen": 0.4,
+            "caches": [
+                {"cache": "previews", "hits": 1239, "misses": 1, "stage": "denoise"},
+                {"cache": "transfer", "hits": 308, "misses": 2},
+            ],
         }
     ],
     "jobs": {"queued": 2, "running": 4, "done": 306, "failed": 1, "cancelled": 3},

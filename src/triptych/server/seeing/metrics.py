@@ -148,6 +148,18 @@ def _workers(found: Status) -> Iterator[Metric]:
         for stage, size in worker.weights.items():
             weights.add_metric([worker.name, stage], size)
     yield weights
+    yield from _caches(workers)
+
+
+def _caches(workers: Iterable[WorkerStatus]) -> Iterable[Metric]:
+    labels = ["worker", "stage", "cache"]
+    hits = CounterMetricFamily("triptych_cache_hits", "What was asked of a cache, and there.", labels=labels)
+    misses = CounterMetricFamily("triptych_cache_misses", "What was asked of a cache, and not there.", labels=labels)
+    for worker in workers:
+        for use in worker.caches:
+            hits.add_metric([worker.name, use.stage or "", use.cache], use.hits)
+            misses.add_metric([worker.name, use.stage or "", use.cache], use.misses)
+    return hits, misses
 
 
 def _each(name: str, text: str, workers: Iterable[WorkerStatus], field: str) -> Metric:
