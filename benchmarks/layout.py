@@ -38,7 +38,7 @@ from triptych import Engine, Request, Result  # noqa: E402
 from triptych.config import Layout, WorkerPlan  # noqa: E402
 
 STAGES = ("encode", "denoise", "decode")
-TURNS, IN_A_TURN = 9, 4
+TURNS, IN_A_TURN = 5, 4
 LATENCY_LIMIT, WAITING_LIMIT, REAL_LIMIT = 4.0, 0.97, 0.9
 WAITS = (0.010, 0.050, 0.010)
 CLIENTS = 8
@@ -188,7 +188,7 @@ def _timed(run: Callable[[], Result | None]) -> tuple[float, float]:
     began = time.perf_counter()
     result = run()
     seconds = time.perf_counter() - began
-    return seconds, seconds - sum(took.seconds for took in result.times) if result is not None else seconds
+    return seconds, seconds - sum(took.ran for took in result.times) if result is not None else seconds
 
 
 def throughput_rows(case: Case, rounds: int, count: int) -> list[Row]:
@@ -240,7 +240,7 @@ def main() -> int:
     """Runs all of it; 1 if a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each throughput (default 5)")
-    parser.add_argument("--openings", type=int, default=5, help="of the engines whose latency is compared (default 5)")
+    parser.add_argument("--openings", type=int, default=8, help="of the engines whose latency is compared (default 8)")
     parser.add_argument("--count", type=int, default=60, help="requests per turn (default 60)")
     parser.add_argument("--parts", nargs="+", default=["latency", "throughput"], choices=["latency", "throughput"])
     parser.add_argument("--only", help="`waiting`, or the cases whose name begins with this")

@@ -353,6 +353,8 @@ class Run(Message, frozen=True):
     """Do this."""
 
     task: Task
+    released: tuple[str, ...] = ()
+    """payloads that nobody needs any more"""
 
 
 class Cancel(Message, frozen=True):

@@ -137,13 +137,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class StageTime:
-    """What a stage spent on a job: `seconds` of wall time, `steps` done, `peak_bytes` of device memory (of the
-    process' resident memory on a CPU)."""
+    """What a stage spent on a job: `seconds` of wall time from its assignment to its output, in `ran` of which it ran,
+    `steps` done, `peak_bytes` of device memory (of the process' resident memory on a CPU)."""
 
     stage: StageName
     seconds: float
     steps: int
     peak_bytes: int
+    ran: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -58,18 +58,18 @@ class Stream:
         del self._came[:at]
         return frames
 
-    def send(self, frame: bytes) -> None:
-        """Sends a frame, or keeps what the socket does not take now; drops it while too much is kept."""
-        head = _SIZE.pack(len(frame))
+    def send(self, *frames: bytes) -> None:
+        """Sends frames at once, or keeps what the socket does not take now; drops them while too much is kept."""
+        whole = b"".join(part for frame in frames for part in (_SIZE.pack(len(frame)), frame))
         if self._unsent:
-            if len(self._unsent) + len(frame) <= MAX_UNSENT:
-                self._unsent += head + frame
+            if len(self._unsent) + len(whole) <= MAX_UNSENT:
+                self._unsent += whole
             return
         sent = 0
         with contextlib.suppress(BlockingIOError):
-            sent = self.connection.sendmsg([head, frame])
-        if sent < len(head) + len(frame):
-            self._unsent += memoryview(head + frame)[sent:]
+            sent = self.connection.send(whole)
+        if sent < len(whole):
+            self._unsent += memoryview(whole)[sent:]
 
     def push(self) -> None:
         """Sends what was kept, as far as the socket takes it."""

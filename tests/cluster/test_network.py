@@ -260,6 +260,16 @@ def test_a_unix_socket_needs_a_folder_that_is_ours_alone(coordinator: Coordinato
         Listener(coordinator, [f"ipc://{tmp_path}/{'long' * 30}/s"])
 
 
+def test_a_file_in_the_sockets_place_is_left_alone(coordinator: Coordinator, at: str) -> None:
+    path = Path(at.removeprefix("ipc://"))
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    path.write_text("a letter")
+    with pytest.raises(InvalidRequest) as caught:
+        Listener(coordinator, [at])
+    assert str(caught.value) == f"listen: {at} is a file that is no socket"
+    assert path.read_text() == "a letter"
+
+
 def test_a_unix_socket_and_its_folder_are_private(listener: Listener, at: str) -> None:
     path = Path(at.removeprefix("ipc://"))
     assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)

@@ -130,15 +130,15 @@ class ToyWorker:
             return
         self.told_of.append(message)
         match message:
-            case Run(task=task):
+            case Run(task=task, released=released):
+                self._let_go(released)
                 self.cluster.check_task(self, task)
                 assert task.job not in self.held, f"{task.job} given twice"
                 self.held[task.job] = task
             case Cancel(job=job):
                 self.held.pop(job, None)
             case Release(payloads=payloads):
-                self.kept.difference_update(payloads)
-                self.released.update(payloads)
+                self._let_go(payloads)
             case Prove():
                 self.to_prove += 1
             case Refused():
@@ -153,6 +153,10 @@ class ToyWorker:
             self.unheard.append(message)
         elif self.alive:
             self.cluster.coordinator.hear(self.incarnation, message)
+
+    def _let_go(self, payloads: Iterable[str]) -> None:
+        self.kept.difference_update(payloads)
+        self.released.update(payloads)
 
     def publish(self) -> Descriptor:
         payload = f"{self.owner}-{next(self.cluster.numbers)}"

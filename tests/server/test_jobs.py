@@ -109,7 +109,9 @@ def test_results_are_files_with_their_type_and_ranges(client: TestClient, engine
     path = tmp_path / "anything.bin"
     path.write_bytes(b"0123456789")
     engine.files[job] = [File(path=path), File(data=b"clip", media_type="video/mp4")]
-    times = StageRecord(stage="encode", worker="w", seconds=1.5, waited=0.5, fetched=0.1, steps=1, peak_bytes=10)
+    times = StageRecord(
+        stage="encode", worker="w", seconds=1.5, waited=0.5, fetched=0.1, steps=1, peak_bytes=10, ran=1.25
+    )
     engine.put(job, "done", ended=9.0, stage=2, finished=[times])
     found = client.get(f"/v1/jobs/{job}").json()
     assert found["results"] == [f"/v1/jobs/{job}/results/0", f"/v1/jobs/{job}/results/1"]
@@ -121,6 +123,7 @@ def test_results_are_files_with_their_type_and_ranges(client: TestClient, engine
             "fetched": 0.1,
             "steps": 1,
             "peak_bytes": 10,
+            "ran": 1.25,
             "resumed_at": 0,
         }
     ]

@@ -131,7 +131,8 @@ class UnixDoor:
         self._known: dict[bytes, _Peer] = {}
         self._socket = socket.socket(socket.AF_UNIX)
         try:
-            path.unlink(missing_ok=True)
+            if path.is_socket():  # a dead listener's: what else lies there is not ours to remove
+                path.unlink()
             self._socket.bind(str(path))
             path.chmod(0o600)
             self._socket.listen(128)

@@ -86,7 +86,7 @@ class Effects:
         self._gone, self._clock = gone, clock
         self._absent = Absentees()
         self._released: dict[str, list[str]] = {}
-        """by worker, what is told with the next message"""
+        """by worker, what is told with the next task"""
         self._to_do: deque[Action] = deque()
         self._performing = False
         self._perform_one: dict[type, Callable[..., None]] = {
@@ -124,8 +124,6 @@ class Effects:
         """Says something to a worker, if it is in."""
         if link := self.links.get(worker):
             link.send(message)
-            if worker in self._released:
-                self._tell_released(worker)
 
     def hang_up(self, last: ToWorker | None) -> None:
         """Ends every line, with a last message if there is one."""
@@ -156,7 +154,7 @@ class Effects:
             return
         if task is None:
             return
-        self.send(action.worker, Run(task=task))
+        self.send(action.worker, Run(task=task, released=self._take_released(action.worker)))
         name = live.worker.hello.name
         self._observers.assigned(record.spec, task.stage, action.attempt, name, action.waited, self._clock())
 
@@ -211,7 +209,10 @@ class Effects:
                 self._tell_released(action.worker)
 
     def _tell_released(self, worker: str) -> None:
-        self.links[worker].send(Release(payloads=tuple(self._released.pop(worker))))
+        self.links[worker].send(Release(payloads=self._take_released(worker)))
+
+    def _take_released(self, worker: str) -> tuple[str, ...]:
+        return tuple(self._released.pop(worker, ()))
 
     def _fetch(self, action: Fetch) -> None:
         answer = partial(self._answer, action.job, action.what, action.number)

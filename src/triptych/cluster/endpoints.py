@@ -90,6 +90,8 @@ def _lock_path(path: Path) -> IO[bytes]:
 
 
 def _refusal(given: str, error: zmq.ZMQError | OSError) -> InvalidRequest | Unsupported:
+    if error.errno == errno.EADDRINUSE and given.startswith("ipc:"):
+        return InvalidRequest(f"{given} is a file that is no socket", field="listen")
     if error.errno == errno.EADDRINUSE:
         return InvalidRequest(f"the port of {given} is in use", field="listen")
     if error.errno in {errno.EINVAL, errno.ENODEV}:

@@ -88,7 +88,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class StageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a finished stage took: seconds from assignment to its output, of waiting before, of fetching its input."""
+    """What a finished stage took: seconds from assignment to its output, of waiting before, of fetching its input, and
+    in which it ran."""
 
     stage: StageName
     worker: str
@@ -98,6 +99,7 @@ class StageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     steps: int
     peak_bytes: int
     resumed_at: int = 0
+    ran: float = 0.0
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -448,4 +448,5 @@ def _stage_record(live: Live, message: TaskDone, now: float) -> StageRecord:
         steps=message.steps,
         peak_bytes=message.peak_bytes,
         resumed_at=message.resumed_at,
+        ran=message.seconds,
     )

@@ -56,5 +56,5 @@ def result_of(topology: Topology, resolved: Resolved, record: JobRecord, payload
             outputs = tuple(to_clips(payload.values["videos"], request.fps or 16.0))
         else:
             outputs = tuple(to_images(payload.values["images"]))
-    times = tuple(StageTime(one.stage, one.seconds, one.steps, one.peak_bytes) for one in record.finished)
+    times = tuple(StageTime(one.stage, one.seconds, one.steps, one.peak_bytes, one.ran) for one in record.finished)
     return Result(record.spec.id, topology.source.name, resolved.workflow, request, outputs, times, resolved.warnings)

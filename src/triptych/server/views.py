@@ -73,7 +73,8 @@ def wrong(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 class StageTimes(BaseModel):
-    """What a finished stage took: seconds of work, of waiting before it, of fetching its input."""
+    """What a finished stage took: seconds from its assignment to its output, of waiting before that, of fetching its
+    input, and in which it ran."""
 
     stage: str
     seconds: float
@@ -81,6 +82,7 @@ class StageTimes(BaseModel):
     fetched: float
     steps: int
     peak_bytes: int
+    ran: float
     resumed_at: int = Field(description="steps taken over from an attempt that was lost")
 
 

@@ -25,6 +25,7 @@ from triptych.messages import (
     Hello,
     Loading,
     Refused,
+    Run,
     Stepped,
     Stop,
     TaskDone,
@@ -42,6 +43,8 @@ __all__ = ["ProcessUplink"]
 PING_SECONDS = 1.0
 SOFT_OUTBOX = 256  # above it, news of the moment is dropped
 MANY = 64
+AT_ONCE = 1 << 20
+"""bytes of frames, about, that leave in one call: each may wake the coordinator"""
 STEPS_SECONDS = 0.02
 FLUSH_SECONDS = 2.0
 MAX_BACK_OFF = 5.0
@@ -125,7 +128,8 @@ class ProcessUplink:
             self._shared.attempt(self._flush)
 
     def _may_wait(self, message: FromWorker) -> bool:
-        """Steps in quick succession go together with the next one: telling of it costs more than a step may."""
+        """Steps in quick succession, of a task that has only just come too, go together with the next one: telling of
+        it costs more than a step may."""
         return isinstance(message, Stepped) and time.monotonic() - self._rung < STEPS_SECONDS
 
     def receive(self, timeout: float | None) -> ToWorker | None:
@@ -261,6 +265,8 @@ class ProcessUplink:
         elif refused and self._leaving:  # of no concern to either any more
             self._end(Stop())
         elif not self._ended:
+            if isinstance(message, Run):
+                self._rung = time.monotonic()
             self._hand_over(message)
             self._leaving = self._leaving or isinstance(message, Stop)
             if isinstance(message, Welcome):
@@ -276,11 +282,14 @@ class ProcessUplink:
 
     def _flush(self) -> None:
         while not self._ended:
+            frames, size = [], 0
             with self._lock:
-                if not self._outbox:
-                    break
-                frame = self._line.send(self._outbox.popleft())
-            self._put(frame)
+                while self._outbox and size < AT_ONCE:
+                    frames.append(self._line.send(self._outbox.popleft()))
+                    size += len(frames[-1])
+            if not frames:
+                break
+            self._put(*frames)
 
     def _mind(self, now: float) -> None:
         """Pings, acknowledges, and gives a coordinator up that is not there."""
@@ -293,9 +302,9 @@ class ProcessUplink:
                 _log.warning(why)
             self._end(Stop() if self._welcomed else Refused(reason=why))
 
-    def _put(self, frame: bytes) -> None:
+    def _put(self, *frames: bytes) -> None:
         self._said = time.monotonic()
-        self._wire.put(frame)  # what is lost the line repeats
+        self._wire.put(*frames)  # what is lost the line repeats
 
     def _end(self, last: ToWorker) -> None:
         if not self._ended:

@@ -60,8 +60,8 @@ class Wire(Source, Protocol):
         """What has come and what has happened."""
         ...
 
-    def put(self, frame: bytes) -> None:
-        """Sends a frame; one that cannot be sent now may be lost."""
+    def put(self, *frames: bytes) -> None:
+        """Sends frames; what cannot be sent now may be lost."""
         ...
 
     def close(self, linger: float = 0.0) -> None:
@@ -141,11 +141,11 @@ class UnixWire:
             stack.pop_all()
         return self._stream
 
-    def put(self, frame: bytes) -> None:
+    def put(self, *frames: bytes) -> None:
         """See `Wire`."""
         if self._stream is not None and self._greeted:
             stream = self._stream
-            self._push(stream, lambda: stream.send(frame))
+            self._push(stream, lambda: stream.send(*frames))
 
     def _push(self, stream: Stream, send: Callable[[], None]) -> None:
         with contextlib.suppress(OSError):  # what was said before the other end left is still to be read
@@ -223,10 +223,11 @@ class ZmqWire(ZmqSource):
         except zmq.Again:
             return None
 
-    def put(self, frame: bytes) -> None:
+    def put(self, *frames: bytes) -> None:
         """See `Wire`."""
         with contextlib.suppress(zmq.Again):  # its buffers are full
-            self._dealer.send(frame, zmq.NOBLOCK)
+            for frame in frames:
+                self._dealer.send(frame, zmq.NOBLOCK)
 
     def close(self, linger: float = 0.0) -> None:
         """See `Wire`."""

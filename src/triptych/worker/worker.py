@@ -10,7 +10,7 @@ import platform
 import queue
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 import torch
@@ -256,16 +256,20 @@ class Worker:
 
     def _hear(self, message: ToWorker) -> None:
         if isinstance(message, Release):
-            for payload in message.payloads:
-                self._outbox.release(payload)
+            self._release(message.payloads)
         elif isinstance(message, PeerGone):
             self._exchange.peer_gone(message.owner)
         elif isinstance(message, Run) and self._ready is not None:
             self._desk.give(message.task)
+            self._release(message.released)
         else:
             if isinstance(message, Stop):
                 self._why = self._why or TOLD
             self._inbox.put(message)
+
+    def _release(self, payloads: Iterable[str]) -> None:
+        for payload in payloads:
+            self._outbox.release(payload)
 
     def _serve(self, ready: Ready) -> None:
         """Receive, admit, step, report."""
@@ -305,6 +309,7 @@ class Worker:
                 self._desk.take(order)
             case Run():  # it came early
                 self._desk.give(order.task)
+                self._release(order.released)
             case Cancel():
                 self._desk.drop(order.job)
             case Prove():
