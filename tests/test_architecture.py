@@ -73,7 +73,7 @@ THROUGH_THE_WINDOW = {
 
 ENVIRONMENT: dict[str, str] = {
     "server/locks/keys.py": "API keys, which are secrets",
-    "cluster/processes.py": "what a worker process is to see of it, with what its slot adds",
+    "cluster/host/processes.py": "what a worker process is to see of it, with what its slot adds",
 }
 """Files of src that may read the environment, with the reason."""
 

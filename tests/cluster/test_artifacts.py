@@ -13,8 +13,8 @@ from uuid import uuid4
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from triptych.cluster import object_store
-from triptych.cluster.artifacts import ArtifactFolder
+from triptych.cluster.storage import object_store
+from triptych.cluster.storage.artifacts import ArtifactFolder
 from triptych.errors import InvalidRequest
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cluster.toy import STAGES, ToyCluster, ToyWorker
 from triptych.cluster import Estimate, Limits, StageSpec
-from triptych.cluster.fleet import OCTAVES, Measures
+from triptych.cluster.scheduling.fleet import OCTAVES, Measures
 from triptych.errors import QueueFull
 from triptych.request import StageName
 

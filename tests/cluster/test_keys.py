@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from triptych.cluster.keys import (
+from triptych.cluster.lines.keys import (
     AllowList,
     load_client_keys,
     load_server_keys,

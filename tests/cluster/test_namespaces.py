@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 
 from tests.cluster.wires import environment
-from triptych.cluster.keys import make_client_keys, make_server_keys
+from triptych.cluster.lines.keys import make_client_keys, make_server_keys
 
 COUNT = 200
 OUTAGE = 7.0  # longer than either end's patience with a silent connection (5 s)
@@ -22,8 +22,8 @@ COORDINATOR = f"""
 import sys, time
 from pathlib import Path
 from tests.cluster.wires import Coordinator, wait_until
-from triptych.cluster.keys import load_server_keys
-from triptych.cluster.network import Listener
+from triptych.cluster.lines.keys import load_server_keys
+from triptych.cluster.lines.network import Listener
 from triptych.messages import Cancel, Proved
 
 coordinator = Coordinator()
@@ -46,7 +46,7 @@ WORKER = f"""
 import sys, time
 from pathlib import Path
 from tests.cluster.wires import hello
-from triptych.cluster.keys import load_client_keys
+from triptych.cluster.lines.keys import load_client_keys
 from triptych.messages import Cancel, Proved, Welcome
 from triptych.worker.uplink import ProcessUplink
 

@@ -22,10 +22,10 @@ import pytest
 import zmq
 
 from tests.cluster.wires import PATIENCE, Cable, Coordinator, environment, hello, wait_until
-from triptych.cluster.doors import Came, UnixDoor
 from triptych.cluster.jobs import Link
-from triptych.cluster.keys import ServerKeys, load_client_keys, make_client_keys, make_server_keys, remove_client
-from triptych.cluster.network import Listener
+from triptych.cluster.lines.doors import Came, UnixDoor
+from triptych.cluster.lines.keys import ServerKeys, load_client_keys, make_client_keys, make_server_keys, remove_client
+from triptych.cluster.lines.network import Listener
 from triptych.errors import InvalidRequest, TriptychError
 from triptych.line import MAX_MESSAGE, MAX_QUEUED, Line
 from triptych.messages import (
@@ -137,7 +137,7 @@ def test_the_clock_is_driven(coordinator: Coordinator, listener: Listener) -> No
 def test_after_a_pause_workers_are_heard_before_they_are_judged(
     coordinator: Coordinator, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("triptych.cluster.network.STOPPED_SECONDS", 0.5)
+    monkeypatch.setattr("triptych.cluster.lines.network.STOPPED_SECONDS", 0.5)
     events: list[str] = []
     stopped, go_on = threading.Event(), threading.Event()
 
@@ -314,7 +314,7 @@ def test_a_coordinator_that_is_killed_leaves_a_place_for_the_next(coordinator: C
     code = (
         "import sys\n"
         "from tests.cluster.wires import Coordinator\n"
-        "from triptych.cluster.network import Listener\n"
+        "from triptych.cluster.lines.network import Listener\n"
         "with Listener(Coordinator(), [sys.argv[1]]):\n"
         "    print('listening', flush=True)\n"
         "    sys.stdin.read()\n"

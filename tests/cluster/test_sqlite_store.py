@@ -14,7 +14,7 @@ import pytest
 
 from tests.cluster.wires import environment
 from triptych.cluster.jobs import Failure, JobRecord, JobSpec, JobState, Kept, StageRecord, StageSpec
-from triptych.cluster.sqlite_store import SCHEMA, SqliteStore
+from triptych.cluster.storage.sqlite_store import SCHEMA, SqliteStore
 from triptych.errors import LoadError, Unsupported
 from triptych.messages import Descriptor
 
@@ -118,10 +118,8 @@ def test_a_file_that_others_could_read_is_closed_to_them(path: Path) -> None:
 
 
 def test_a_second_coordinator_is_told(store: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("triptych.cluster.sqlite_store.BUSY_SECONDS", 0.05)
-    code = (
-        f"from triptych.cluster.sqlite_store import SqliteStore as S; from pathlib import Path; S(Path({str(path)!r}))"
-    )
+    monkeypatch.setattr("triptych.cluster.storage.sqlite_store.BUSY_SECONDS", 0.05)
+    code = f"from triptych.cluster import SqliteStore as S; from pathlib import Path; S(Path({str(path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode and "is in use by another coordinator" in done.stderr
     with pytest.raises(LoadError, match="in use"):

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from tests.cluster.wires import environment, wait_until
-from triptych.cluster.processes import OwnProcess
-from triptych.cluster.supervisor import RestartPolicy, SlotState, Supervisor, WorkerSlot
+from triptych.cluster.host.processes import OwnProcess
+from triptych.cluster.host.supervisor import RestartPolicy, SlotState, Supervisor, WorkerSlot
 from triptych.errors import InvalidRequest
 
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
@@ -205,7 +205,7 @@ def test_a_full_disk_ends_no_watch(start: Start, tmp_path: Path, monkeypatch: py
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("triptych.cluster.supervisor.json.dump", full)
+    monkeypatch.setattr("triptych.cluster.host.supervisor.json.dump", full)
     supervisor.kill("a")
     wait_until(lambda: exits and state(supervisor).pid not in {None, first})
 
@@ -283,7 +283,7 @@ def test_no_process_follows_after_stop(start: Start) -> None:
 OTHER = """
 import sys, time
 from pathlib import Path
-from triptych.cluster.supervisor import Supervisor, WorkerSlot
+from triptych.cluster.host.supervisor import Supervisor, WorkerSlot
 slots = [WorkerSlot(name, [sys.executable, "-c", script]) for name, script in zip(sys.argv[2::2], sys.argv[3::2])]
 supervisor = Supervisor(slots, Path(sys.argv[1]), on_line=lambda slot, line: print(slot, line, flush=True))
 supervisor.start()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from triptych.cluster import Coordinator, JobSpec, JobStore, Kept, Limits, MemoryStore, Outcome, StageSpec
-from triptych.cluster.scheduler import MARKS
+from triptych.cluster.scheduling.scheduler import MARKS
 from triptych.errors import Damaged, PayloadLost
 from triptych.messages import (
     PROTOCOL,

@@ -14,8 +14,8 @@ import pytest
 
 from tests.cluster.wires import PATIENCE, Coordinator, hello, wait_until
 from triptych.cluster.jobs import Link
-from triptych.cluster.keys import ClientKeys, load_client_keys, make_client_keys, make_server_keys
-from triptych.cluster.network import Listener
+from triptych.cluster.lines.keys import ClientKeys, load_client_keys, make_client_keys, make_server_keys
+from triptych.cluster.lines.network import Listener
 from triptych.errors import InvalidRequest
 from triptych.messages import (
     Cancel,

@@ -6,12 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from triptych.cluster.artifacts import ArtifactFolder
     from triptych.cluster.coordinator import Coordinator
     from triptych.cluster.delivery import Watcher
-    from triptych.cluster.endpoints import private_folder
-    from triptych.cluster.estimate import Estimate
     from triptych.cluster.flushing import FlushReport, WorkerFlush
+    from triptych.cluster.folders import private_folder
+    from triptych.cluster.host.supervisor import RestartPolicy, SlotState, Supervisor, WorkerSlot
     from triptych.cluster.jobs import (
         ENDED,
         Failure,
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
         StageRecord,
         StageSpec,
     )
-    from triptych.cluster.keys import (
+    from triptych.cluster.limits import Limits
+    from triptych.cluster.lines.keys import (
         ClientKeys,
         ServerKeys,
         load_client_keys,
@@ -36,24 +36,23 @@ if TYPE_CHECKING:
         make_server_keys,
         remove_client,
     )
-    from triptych.cluster.limits import Limits
+    from triptych.cluster.lines.network import Listener
     from triptych.cluster.measures import BOUNDS, Measures
-    from triptych.cluster.memory_store import MemoryStore
-    from triptych.cluster.network import Listener
     from triptych.cluster.observers import Observer
-    from triptych.cluster.sqlite_store import SqliteStore
+    from triptych.cluster.scheduling.estimate import Estimate
     from triptych.cluster.status import StageStatus, Status, Totals, WorkerStatus
-    from triptych.cluster.supervisor import RestartPolicy, SlotState, Supervisor, WorkerSlot
+    from triptych.cluster.storage.artifacts import ArtifactFolder
+    from triptych.cluster.storage.memory_store import MemoryStore
+    from triptych.cluster.storage.sqlite_store import SqliteStore
     from triptych.cluster.trace import Trace
 
 # Imported on first use: a command that needs a limit must not pay for ZeroMQ.
 _ROOMS = {
-    "artifacts": ("ArtifactFolder",),
     "coordinator": ("Coordinator",),
     "delivery": ("Watcher",),
-    "endpoints": ("private_folder",),
-    "estimate": ("Estimate",),
     "flushing": ("FlushReport", "WorkerFlush"),
+    "folders": ("private_folder",),
+    "host.supervisor": ("RestartPolicy", "SlotState", "Supervisor", "WorkerSlot"),
     "jobs": (
         "ENDED",
         "Failure",
@@ -69,7 +68,8 @@ _ROOMS = {
         "StageRecord",
         "StageSpec",
     ),
-    "keys": (
+    "limits": ("Limits",),
+    "lines.keys": (
         "ClientKeys",
         "ServerKeys",
         "load_client_keys",
@@ -78,14 +78,14 @@ _ROOMS = {
         "make_server_keys",
         "remove_client",
     ),
-    "limits": ("Limits",),
+    "lines.network": ("Listener",),
     "measures": ("BOUNDS", "Measures"),
-    "memory_store": ("MemoryStore",),
-    "network": ("Listener",),
     "observers": ("Observer",),
-    "sqlite_store": ("SqliteStore",),
+    "scheduling.estimate": ("Estimate",),
     "status": ("StageStatus", "Status", "Totals", "WorkerStatus"),
-    "supervisor": ("RestartPolicy", "SlotState", "Supervisor", "WorkerSlot"),
+    "storage.artifacts": ("ArtifactFolder",),
+    "storage.memory_store": ("MemoryStore",),
+    "storage.sqlite_store": ("SqliteStore",),
     "trace": ("Trace",),
 }
 _HOME = {name: f"{__name__}.{room}" for room, names in _ROOMS.items() for name in names}

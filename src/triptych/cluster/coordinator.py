@@ -14,7 +14,6 @@ import msgspec
 
 from triptych.cluster.delivery import Delivery, Watcher
 from triptych.cluster.effects import Effects, outcome_of
-from triptych.cluster.estimate import Estimate
 from triptych.cluster.flushing import Flushing, FlushReport
 from triptych.cluster.jobs import (
     Failure,
@@ -28,10 +27,11 @@ from triptych.cluster.jobs import (
     Outcome,
 )
 from triptych.cluster.limits import Limits
-from triptych.cluster.live import Live, snapshot
 from triptych.cluster.measures import Counters
 from triptych.cluster.observers import Observer, Observers
-from triptych.cluster.scheduler import Scheduler
+from triptych.cluster.scheduling.estimate import Estimate
+from triptych.cluster.scheduling.live import Live, snapshot
+from triptych.cluster.scheduling.scheduler import Scheduler
 from triptych.cluster.status import Status, take_status
 from triptych.errors import InvalidRequest, NoWorker, QueueFull
 from triptych.messages import (

@@ -12,7 +12,10 @@ from typing import Any
 import msgspec
 
 from triptych.cluster.absentees import Absentees
-from triptych.cluster.actions import (
+from triptych.cluster.delivery import Delivery
+from triptych.cluster.jobs import ENDED, JobRecord, JobStore, Keeper, Kept, Link, NotNear, Outcome, StageSpec
+from triptych.cluster.observers import Observers
+from triptych.cluster.scheduling.actions import (
     Action,
     Ask,
     Assign,
@@ -26,11 +29,8 @@ from triptych.cluster.actions import (
     Persist,
     WriteTask,
 )
-from triptych.cluster.delivery import Delivery
-from triptych.cluster.jobs import ENDED, JobRecord, JobStore, Keeper, Kept, Link, NotNear, Outcome, StageSpec
-from triptych.cluster.live import Live
-from triptych.cluster.observers import Observers
-from triptych.cluster.scheduler import Scheduler
+from triptych.cluster.scheduling.live import Live
+from triptych.cluster.scheduling.scheduler import Scheduler
 from triptych.messages import (
     Cancel,
     Descriptor,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from triptych.cluster.live import Member
 from triptych.cluster.measures import Measures
-from triptych.cluster.scheduler import Scheduler
+from triptych.cluster.scheduling.live import Member
+from triptych.cluster.scheduling.scheduler import Scheduler
 from triptych.messages import Busy, CacheUse
 from triptych.request import StageName
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from triptych.cluster.live import Live, Member
+from triptych.cluster.scheduling.live import Live, Member
 from triptych.request import StageName
 
 __all__ = ["Estimate", "Seconds", "forecast"]

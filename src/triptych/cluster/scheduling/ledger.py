@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from triptych.cluster.actions import Action, Fetch, Let
-from triptych.cluster.fleet import Fleet
+from triptych.cluster.scheduling.actions import Action, Fetch, Let
+from triptych.cluster.scheduling.fleet import Fleet
 from triptych.messages import Descriptor
 
 __all__ = ["Ledger", "Pending"]

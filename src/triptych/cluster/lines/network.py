@@ -13,11 +13,11 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from triptych.cluster.doors import Door
-from triptych.cluster.endpoints import open_door
 from triptych.cluster.jobs import Link
-from triptych.cluster.keys import AllowList, ServerKeys
-from triptych.cluster.zap import Gate
+from triptych.cluster.lines.doors import Door
+from triptych.cluster.lines.endpoints import open_door
+from triptych.cluster.lines.keys import AllowList, ServerKeys
+from triptych.cluster.lines.zap import Gate
 from triptych.line import MAX_MESSAGE, MAX_QUEUED, BadFrame, Line, aside, first_body
 from triptych.messages import PROTOCOL, FromWorker, Hello, Refused, ToWorker, decode_from_worker, encode, protocol_of
 from triptych.sockets import SharedSockets, ZmqSource

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote
 
-from triptych.cluster.endpoints import private_folder
+from triptych.cluster.folders import private_folder
 from triptych.errors import InvalidRequest
 
 __all__ = ["ArtifactFolder"]
@@ -222,7 +222,7 @@ def _place(root: str | Path, spool: Path | None, wanted: Callable[[str, str], bo
         return _Local(Path(root).absolute())
     if scheme in {"file", "local"}:
         return _Local(Path(unquote(rest)))
-    from triptych.cluster.object_store import ObjectStore  # fsspec is slow to import, and needed only there
+    from triptych.cluster.storage.object_store import ObjectStore  # fsspec is slow to import, and needed only there
 
     return ObjectStore(str(root), spool, wanted, journal=not own)
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from triptych.cluster.endpoints import private_folder
-from triptych.cluster.processes import OwnProcess, WorkerProcess, adopt
-from triptych.cluster.slot_log import SlotLog
+from triptych.cluster.folders import private_folder
+from triptych.cluster.host.processes import OwnProcess, WorkerProcess, adopt
+from triptych.cluster.host.slot_log import SlotLog
 from triptych.errors import InvalidRequest
 
 __all__ = ["RestartPolicy", "SlotState", "Supervisor", "WorkerSlot"]

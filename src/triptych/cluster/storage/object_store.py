@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from triptych.cluster.endpoints import private_folder
+from triptych.cluster.folders import private_folder
 from triptych.errors import InvalidRequest
 
 __all__ = ["ObjectStore"]

@@ -6,7 +6,7 @@ import builtins
 from collections.abc import Iterable
 
 from triptych.cluster.jobs import ENDED, JobRecord, JobState
-from triptych.cluster.live import snapshot
+from triptych.cluster.scheduling.live import snapshot
 
 __all__ = ["MemoryStore"]
 

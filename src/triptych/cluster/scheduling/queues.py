@@ -6,7 +6,7 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
-from triptych.cluster.live import Live
+from triptych.cluster.scheduling.live import Live
 
 __all__ = ["Shares", "StageQueue"]
 

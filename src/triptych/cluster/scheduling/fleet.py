@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from triptych.cluster.jobs import JobSpec
 from triptych.cluster.limits import Limits
-from triptych.cluster.live import Live, Member
+from triptych.cluster.scheduling.live import Live, Member
 from triptych.messages import Hello
 from triptych.request import StageName, VaeTask
 

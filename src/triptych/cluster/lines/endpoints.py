@@ -5,18 +5,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import stat
 from pathlib import Path
 from typing import IO
 
 import zmq
 
-from triptych.cluster.doors import Door, UnixDoor, ZmqDoor, router
-from triptych.cluster.keys import ServerKeys
+from triptych.cluster.folders import private_folder
+from triptych.cluster.lines.doors import Door, UnixDoor, ZmqDoor, router
+from triptych.cluster.lines.keys import ServerKeys
 from triptych.errors import InvalidRequest, Unsupported
 from triptych.stream import MAX_PATH
 
-__all__ = ["ZAP_DOMAIN", "open_door", "private_folder"]
+__all__ = ["ZAP_DOMAIN", "open_door"]
 
 ZAP_DOMAIN = "triptych"
 FORMS = "ipc://PATH, tcp://HOST:PORT or HOST:PORT"
@@ -56,20 +56,6 @@ def _unix_door(path: Path, given: str) -> Door:
     except OSError as error:
         lock.close()
         raise _refusal(given, error) from None
-
-
-def private_folder(folder: Path, name: str) -> None:
-    """Makes a folder with mode 0700, or sees that it is one of ours. Raises InvalidRequest for the field `name`."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.lstat()
-    except OSError as error:
-        raise InvalidRequest(f"{folder} cannot be used: {error.strerror}", field=name) from None
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise InvalidRequest(f"{folder} is not a folder of this user", field=name)
-    if status.st_mode & 0o077:
-        mode = status.st_mode & 0o777
-        raise InvalidRequest(f"{folder} is open to others ({mode:04o}): chmod 700 {folder}", field=name)
 
 
 def _lock_path(path: Path) -> IO[bytes]:

@@ -7,8 +7,8 @@ import logging
 import zmq
 from zmq.utils import z85
 
-from triptych.cluster.endpoints import ZAP_DOMAIN
-from triptych.cluster.keys import AllowList
+from triptych.cluster.lines.endpoints import ZAP_DOMAIN
+from triptych.cluster.lines.keys import AllowList
 
 __all__ = ["Gate"]
 
