@@ -203,7 +203,7 @@ def throughput_rows(case: Case, rounds: int, count: int) -> list[Row]:
         bare = stack.enter_context(StageAlone(case.folder, "denoise", fields, cpus))
         loop = open_modular(case.folder)
         run = asking(split, fields)
-        stages = [f"{took.stage} {1000 * took.seconds:.1f} ms" for took in fused().times]
+        stages = [f"{took.stage} {1000 * took.ran:.1f} ms" for took in fused().times]
         equal = bool((pictures_in(run()) == loop(fields)).all())
         bare.rate(1)
         for _ in range(rounds):

@@ -137,8 +137,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class StageTime:
-    """What a stage spent on a job: `seconds` of wall time from its assignment to its output, in `ran` of which it ran,
-    `steps` done, `peak_bytes` of device memory (of the process' resident memory on a CPU)."""
+    """What a stage spent on a job: `seconds` of wall time from its assignment to its output, of which `ran` from its
+    start in the stage to what it made (beside others' steps, if there were any), `steps` done, `peak_bytes` of device
+    memory (of the process' resident memory on a CPU)."""
 
     stage: StageName
     seconds: float

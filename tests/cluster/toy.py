@@ -79,7 +79,7 @@ class ToyWorker:
     credits: int
     slot: str | None = None
     size: int = 1 << 20
-    """bytes of what it publishes; the release of less is told with the next message"""
+    """bytes of what it publishes; the release of less is told with the next task or tick"""
     alive: bool = True
     cut: bool = False
     """nothing it says is heard, and it hears nothing"""

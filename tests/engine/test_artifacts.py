@@ -17,7 +17,8 @@ from PIL import Image
 
 from tests.families import folder
 from triptych import Engine, Request
-from triptych.cluster import ArtifactFolder, NotNear, coordinator, object_store
+from triptych.cluster import ArtifactFolder, NotNear, coordinator
+from triptych.cluster.storage import object_store
 from triptych.config import Layout, LimitsSection
 from triptych.decode import read_settings, repeat_settings
 from triptych.engine import opening

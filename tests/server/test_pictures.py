@@ -26,7 +26,8 @@ from triptych.decode import MAX_PIXELS
 from triptych.errors import InvalidRequest, MediaError, QueueFull
 from triptych.server import create_app
 from triptych.server.intake import pictures as intake
-from triptych.server.intake.pictures import Darkroom, developed
+from triptych.server.intake.darkroom import Darkroom
+from triptych.server.intake.pictures import developed
 from triptych.server.locks.keys import Caller
 
 FILE = "file:" + "//"

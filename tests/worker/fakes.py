@@ -75,8 +75,8 @@ class FakeCoordinator:
         assert self.link is not None
         self.link.send(message)
 
-    def run(self, task: Task) -> None:
-        self.send(Run(task=task))
+    def run(self, task: Task, *released: str) -> None:
+        self.send(Run(task=task, released=released))
 
     def all(self, kind: type[M], job: str | None = None) -> list[M]:
         """The messages of a kind so far, of one job."""

@@ -48,6 +48,7 @@ def test_those_that_count_tell_how_they_have_served() -> None:
     caches = Caches()
     caches.register("uncounted", lambda: 0)
     caches.register("counted", lambda: 0, lambda: Used(3, 1))
+    caches.register("broken", lambda: 0, lambda: Used(1 // 0, 0))
     assert caches.used() == {"counted": Used(3, 1)}
     caches.register("counted", lambda: 0)
     assert caches.used() == {}, "the newer one of that name does not count"

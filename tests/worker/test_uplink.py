@@ -26,8 +26,10 @@ from triptych.messages import (
     Hello,
     Proved,
     Refused,
+    Run,
     Stepped,
     Stop,
+    Task,
     TaskDone,
     ToWorker,
     Welcome,
@@ -270,6 +272,19 @@ def test_what_may_wait_for_more_comes_in_order_and_without_more(
             uplink.send(step)
         uplink.send(done("a"))
         wait_until(lambda: [message for _, message in coordinator.heard] == [*steps, done("a")])
+
+
+def test_a_step_soon_after_its_task_came_is_told_without_anything_more(
+    coordinator: Coordinator, listener: Listener, at: str
+) -> None:
+    task = Task(job="a", stage="denoise", attempt=1, fields={}, seed=0)
+    step = Stepped(job="a", stage="denoise", attempt=1, step=1, steps=9, seconds=0.01)
+    with ProcessUplink(at, hello()) as uplink:
+        assert isinstance(receive(uplink), Welcome)
+        coordinator.links["first"].send(Run(task=task))
+        assert receive(uplink) == Run(task=task)
+        uplink.send(step)
+        wait_until(lambda: coordinator.heard == [("first", step)])
 
 
 def test_closing_sends_what_is_queued(coordinator: Coordinator, listener: Listener, at: str) -> None:

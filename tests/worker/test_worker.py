@@ -21,6 +21,8 @@ from tests.worker.fakes import (
 from triptych.errors import InvalidRequest, Unsupported, WrongPayload
 from triptych.messages import (
     Cancel,
+    Drain,
+    Draining,
     Failed,
     FromWorker,
     Goodbye,
@@ -289,4 +291,17 @@ def test_released_payloads_make_room() -> None:
         done = own.coordinator.wait(TaskDone)
         assert own.exchange.stats().kept == 1
         own.coordinator.send(Release(payloads=(done.descriptor.payload, "unknown")))
+        own.coordinator.until(lambda: own.exchange.stats().kept == 0, "the room")
+
+
+def test_a_task_says_what_is_released_even_to_a_worker_that_gives_it_back() -> None:
+    with running(toy_opened()) as own:
+        names: list[str] = []
+        for job in ("a", "b"):
+            own.coordinator.run(toy_task(job), *names)
+            names = [own.coordinator.wait(TaskDone, job).descriptor.payload]
+            own.coordinator.until(lambda: own.exchange.stats().kept == 1, "the room")
+        own.coordinator.send(Drain())
+        own.coordinator.wait(Draining)
+        own.coordinator.run(toy_task("c"), *names)
         own.coordinator.until(lambda: own.exchange.stats().kept == 0, "the room")

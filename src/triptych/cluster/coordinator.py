@@ -25,12 +25,13 @@ from triptych.cluster.jobs import (
     Kept,
     Link,
     Outcome,
+    snapshot,
 )
 from triptych.cluster.limits import Limits
 from triptych.cluster.measures import Counters
 from triptych.cluster.observers import Observer, Observers
 from triptych.cluster.scheduling.estimate import Estimate
-from triptych.cluster.scheduling.live import Live, snapshot
+from triptych.cluster.scheduling.live import Live
 from triptych.cluster.scheduling.scheduler import Scheduler
 from triptych.cluster.status import Status, take_status
 from triptych.errors import InvalidRequest, NoWorker, QueueFull

@@ -25,6 +25,7 @@ __all__ = [
     "Outcome",
     "StageRecord",
     "StageSpec",
+    "snapshot",
 ]
 
 JobState = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -89,7 +90,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 class StageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a finished stage took: seconds from assignment to its output, of waiting before, of fetching its input, and
-    in which it ran."""
+    `ran`: from its start in the stage to what it made, beside others' steps if there were any."""
 
     stage: StageName
     worker: str
@@ -151,6 +152,17 @@ class JobRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     def kept_bytes(self) -> int:
         """Of what the keeper still has once the job has ended."""
         return self.result.bytes if self.result else 0
+
+
+def snapshot(record: JobRecord) -> JobRecord:
+    """A copy that later changes of the job do not reach."""
+    return msgspec.structs.replace(
+        record,
+        attempts=list(record.attempts),
+        inputs=list(record.inputs),
+        failures=list(record.failures),
+        finished=list(record.finished),
+    )
 
 
 class JobStore(Protocol):

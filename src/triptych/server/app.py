@@ -10,8 +10,8 @@ from triptych.server.door import Door
 from triptych.server.errors import add_handlers
 from triptych.server.follow import Follower
 from triptych.server.front import Front
+from triptych.server.intake.darkroom import Darkroom
 from triptych.server.intake.fetch import Fetcher
-from triptych.server.intake.pictures import Darkroom
 from triptych.server.locks.guard import Guard
 from triptych.server.locks.keys import KeyRing
 from triptych.server.locks.rates import Rates

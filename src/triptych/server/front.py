@@ -16,8 +16,8 @@ from fastapi.security import HTTPBearer
 from triptych.config import ServeSection
 from triptych.server.door import Door
 from triptych.server.follow import Follower
+from triptych.server.intake.darkroom import Darkroom
 from triptych.server.intake.fetch import Fetcher
-from triptych.server.intake.pictures import Darkroom
 from triptych.server.locks.keys import Caller, KeyRing
 from triptych.server.locks.rates import Rates
 from triptych.server.seeing.metrics import Meters

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from triptych.errors import InvalidRequest, QueueFull
+from triptych.errors import QueueFull
 from triptych.server.errors import UploadNotFound
 
-if TYPE_CHECKING:
-    from triptych.server.front import Front
-    from triptych.server.intake.pictures import Source
-    from triptych.server.locks.keys import Caller
-
-__all__ = ["KEPT_SECONDS", "Upload", "Uploads", "picture_sources"]
+__all__ = ["KEPT_SECONDS", "Upload", "Uploads"]
 
 KEPT_SECONDS = 3600.0
 MAX_FILES = 64
@@ -25,11 +18,6 @@ MAX_BYTES = 128 << 20
 """Of one caller."""
 MAX_ALL_BYTES = 512 << 20
 """Of all callers together."""
-BARE_BASE64 = 100
-"""Characters from which on a text that says nothing of itself is taken for base64, as other servers do."""
-
-_ID = re.compile(r"file-[0-9a-f]{32}")
-_ALLOWED = "data:image/…;base64,…, base64, the id of an upload, or a URL where the deployment allows that; never a path"
 
 
 @dataclass(frozen=True)
@@ -90,22 +78,3 @@ class Uploads:
 
 def _bytes(kept: Sequence[Upload]) -> int:
     return sum(len(upload.data) for upload in kept)
-
-
-def picture_sources(front: Front, caller: Caller, given: Sequence[str], field: str) -> list[Source]:
-    """What `pictures` reads, of texts that may also be ids of uploads or base64 alone. Raises InvalidRequest naming
-    `field[index]`."""
-    return [_source(front, caller, text, f"{field}[{index}]") for index, text in enumerate(given)]
-
-
-def _source(front: Front, caller: Caller, text: str, field: str) -> Source:
-    if _ID.fullmatch(text):
-        try:
-            return front.uploads.get(caller.name, text).data
-        except UploadNotFound:
-            raise InvalidRequest.of(field, text, "the id of an upload of this API key that has not expired") from None
-    if text[:8].lower().startswith(("data:", "http://", "https://")):
-        return text
-    if len(text) > BARE_BASE64:
-        return f"data:image/any;base64,{text}"  # what it is shows when it is read
-    raise InvalidRequest.of(field, text, _ALLOWED)

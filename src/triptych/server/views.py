@@ -74,7 +74,7 @@ def wrong(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 class StageTimes(BaseModel):
     """What a finished stage took: seconds from its assignment to its output, of waiting before that, of fetching its
-    input, and in which it ran."""
+    input."""
 
     stage: str
     seconds: float
@@ -82,7 +82,7 @@ class StageTimes(BaseModel):
     fetched: float
     steps: int
     peak_bytes: int
-    ran: float
+    ran: float = Field(description="seconds from its start in the stage to what it made, beside others' steps")
     resumed_at: int = Field(description="steps taken over from an attempt that was lost")
 
 

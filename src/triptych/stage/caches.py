@@ -44,8 +44,16 @@ class Caches:
             self._used[name] = used
 
     def used(self) -> dict[str, Used]:
-        """How each of those that count has served, in the order in which they came."""
-        return {name: used() for name, used in list(self._used.items())}
+        """How each of those that count has served, in the order in which they came; without one whose counting
+        fails."""
+        found = {}
+        for name, used in list(self._used.items()):
+            try:
+                found[name] = used()
+            except Exception:  # whoever asks does so for a heartbeat
+                logger.exception("the use of cache %s could not be counted", name)
+                self._used.pop(name, None)
+        return found
 
     def flush(self) -> Freed:
         """Flushes them all, in the order in which they came. One that fails does not keep the others."""

@@ -128,8 +128,8 @@ class ProcessUplink:
             self._shared.attempt(self._flush)
 
     def _may_wait(self, message: FromWorker) -> bool:
-        """Steps in quick succession, of a task that has only just come too, go together with the next one: telling of
-        it costs more than a step may."""
+        """A step that ends soon after something was sent, or a task came, goes with what is sent next, or with the
+        loop's next turn: telling of it alone costs more than a step may."""
         return isinstance(message, Stepped) and time.monotonic() - self._rung < STEPS_SECONDS
 
     def receive(self, timeout: float | None) -> ToWorker | None:

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from triptych.cluster.jobs import JobRecord, JobState
+from triptych.cluster.jobs import JobRecord, JobState, snapshot
 from triptych.cluster.limits import Limits
 from triptych.cluster.scheduling.actions import Action, Assign, CancelAt, Drop, Ended, Persist
 from triptych.cluster.scheduling.fleet import Fleet, StageTally
 from triptych.cluster.scheduling.ledger import Ledger
-from triptych.cluster.scheduling.live import Live, Member, snapshot
+from triptych.cluster.scheduling.live import Live, Member
 from triptych.cluster.scheduling.queues import Shares, StageQueue
 from triptych.messages import Descriptor
 from triptych.request import StageName

@@ -7,8 +7,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-import msgspec
-
 from triptych.cluster.jobs import JobRecord, StageSpec
 from triptych.messages import Busy, Descriptor, Heartbeat, Hello
 from triptych.request import StageName
@@ -16,20 +14,9 @@ from triptych.request import StageName
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Live", "Member", "snapshot"]
+__all__ = ["Live", "Member"]
 
 Place = Literal["nowhere", "held", "queue", "worker", "keeper"]
-
-
-def snapshot(record: JobRecord) -> JobRecord:
-    """A copy that later changes of the job do not reach."""
-    return msgspec.structs.replace(
-        record,
-        attempts=list(record.attempts),
-        inputs=list(record.inputs),
-        failures=list(record.failures),
-        finished=list(record.finished),
-    )
 
 
 @dataclass(eq=False, slots=True)

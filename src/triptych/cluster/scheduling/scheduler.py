@@ -6,11 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from triptych.cluster.jobs import Failure, JobRecord, JobSpec, Kept, StageRecord
+from triptych.cluster.jobs import Failure, JobRecord, JobSpec, Kept, StageRecord, snapshot
 from triptych.cluster.limits import Limits
 from triptych.cluster.scheduling.actions import Action, CancelAt, Drop, GiveMap, Let, Persist
 from triptych.cluster.scheduling.estimate import Estimate, forecast
-from triptych.cluster.scheduling.live import Live, Member, snapshot
+from triptych.cluster.scheduling.live import Live, Member
 from triptych.cluster.scheduling.setbacks import Setbacks
 from triptych.errors import InvalidRequest, NoWorker, QueueFull
 from triptych.messages import Checkpointed, Failed, Heartbeat, Hello, Loading, Ready, Stepped, TaskDone

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from triptych.cluster.jobs import Failure, JobRecord, Kept
+from triptych.cluster.jobs import Failure, JobRecord, Kept, snapshot
 from triptych.cluster.scheduling.actions import Ask, Dismiss, Drop, Persist, WriteTask
 from triptych.cluster.scheduling.board import Board
 from triptych.cluster.scheduling.ledger import Pending
-from triptych.cluster.scheduling.live import Live, Member, snapshot
+from triptych.cluster.scheduling.live import Live, Member
 from triptych.messages import Failed
 
 __all__ = ["Setbacks"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import Iterable
 
-from triptych.cluster.jobs import ENDED, JobRecord, JobState
-from triptych.cluster.scheduling.live import snapshot
+from triptych.cluster.jobs import ENDED, JobRecord, JobState, snapshot
 
 __all__ = ["MemoryStore"]
 

@@ -2,68 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import contextlib
-from collections import deque
+import re
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
 from triptych.decode import MAX_PIXELS, count_pixels, read_image, read_mask
 from triptych.errors import InvalidRequest, MediaError
+from triptych.server.errors import UploadNotFound
+from triptych.server.front import Front
+from triptych.server.locks.keys import Caller
 
-if TYPE_CHECKING:
-    from triptych.server.front import Front
-    from triptych.server.locks.keys import Caller
-
-__all__ = ["Darkroom", "Source", "developed"]
+__all__ = ["Source", "developed", "picture_sources"]
 
 Source = str | bytes
 """A data URL, an http(s) URL where the deployment fetches those, or a file's bytes."""
 
 _AT_LEAST = MAX_PIXELS // 4
 """Pixels that a request's pictures count for at least, so that those of no more than four are held at once."""
+BARE_BASE64 = 100
+"""Characters from which on a text that says nothing of itself is taken for base64, as other servers do."""
+_ID = re.compile(r"file-[0-9a-f]{32}")
+_KINDS = "data:image/…;base64,…, base64, the id of an upload, or a URL where the deployment allows that; never a path"
 _ALLOWED = "a picture as data:image/…;base64,…, or as a URL where the deployment allows that"
-
-
-class Darkroom:
-    """Room for so many decoded pixels at once in this process; whoever finds none waits in line."""
-
-    def __init__(self, pixels: int = MAX_PIXELS) -> None:
-        self._free = self._all = pixels
-        self._line: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    @contextlib.asynccontextmanager
-    async def room(self, pixels: int) -> AsyncIterator[None]:
-        """A block that holds pictures of so many pixels, larger ones alone."""
-        wanted = min(pixels, self._all)
-        turn = asyncio.get_running_loop().create_future()
-        self._line.append((wanted, turn))
-        self._let_in()
-        try:
-            await turn
-        except BaseException:
-            if turn.done() and not turn.cancelled():
-                self._free += wanted
-            self._line = deque(one for one in self._line if one[1] is not turn)
-            self._let_in()
-            raise
-        try:
-            yield
-        finally:
-            self._free += wanted
-            self._let_in()
-
-    def _let_in(self) -> None:
-        while self._line and self._line[0][0] <= self._free:
-            wanted, turn = self._line.popleft()
-            if not turn.done():
-                self._free -= wanted
-                turn.set_result(None)
 
 
 @contextlib.asynccontextmanager
@@ -99,6 +65,25 @@ async def developed(
         if mask is not None:
             brought["mask"] = found[-1]
         yield brought
+
+
+def picture_sources(front: Front, caller: Caller, given: Sequence[str], field: str) -> list[Source]:
+    """What `developed` reads, of texts that may also be ids of uploads or base64 alone. Raises InvalidRequest naming
+    `field[index]`."""
+    return [_source(front, caller, text, f"{field}[{index}]") for index, text in enumerate(given)]
+
+
+def _source(front: Front, caller: Caller, text: str, field: str) -> Source:
+    if _ID.fullmatch(text):
+        try:
+            return front.uploads.get(caller.name, text).data
+        except UploadNotFound:
+            raise InvalidRequest.of(field, text, "the id of an upload of this API key that has not expired") from None
+    if text[:8].lower().startswith(("data:", "http://", "https://")):
+        return text
+    if len(text) > BARE_BASE64:
+        return f"data:image/any;base64,{text}"  # what it is shows when it is read
+    raise InvalidRequest.of(field, text, _KINDS)
 
 
 async def _looked_at(front: Front, caller: Caller, source: Source, field: str) -> tuple[bytes, int]:

@@ -24,10 +24,9 @@ from triptych.server.door import JobView, ResultFile
 from triptych.server.files import SUFFIXES, bytes_of, files_of
 from triptych.server.front import Admin, Front, FrontOf, Who
 from triptych.server.intake.bodies import checked, read_body
-from triptych.server.intake.pictures import developed
+from triptych.server.intake.pictures import developed, picture_sources
 from triptych.server.locks.keys import Caller
 from triptych.server.routes.detail_words import body_of, detail_wrong, example, in_words, without_effect
-from triptych.server.uploads import picture_sources
 
 __all__ = ["router"]
 

@@ -21,10 +21,9 @@ from triptych.server.failures import UNDER_WAY, check_done
 from triptych.server.files import result_response
 from triptych.server.front import Front, FrontOf, Who
 from triptych.server.intake.bodies import Body, checked, read_body
-from triptych.server.intake.pictures import developed
+from triptych.server.intake.pictures import developed, picture_sources
 from triptych.server.locks.keys import Caller
 from triptych.server.routes.detail_words import body_of, detail_wrong, example, in_words, without_effect
-from triptych.server.uploads import picture_sources
 from triptych.server.views import A_FILE, FILE_RESPONSES
 
 __all__ = ["router"]

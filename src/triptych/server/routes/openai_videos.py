@@ -21,10 +21,9 @@ from triptych.server.front import Front, FrontOf, Who
 from triptych.server.intake.bodies import checked, read_body
 from triptych.server.intake.forms import FORM, form_fields, media_type, read_form
 from triptych.server.intake.openai_bodies import VIDEO, VideoBody, in_their_words, wanted, warnings_of
-from triptych.server.intake.pictures import Source, developed
+from triptych.server.intake.pictures import Source, developed, picture_sources
 from triptych.server.locks.keys import Caller
 from triptych.server.routes.openai_words import one_file, openai_wrong, request_body
-from triptych.server.uploads import picture_sources
 from triptych.server.views import FILE_RESPONSES
 
 if TYPE_CHECKING:
