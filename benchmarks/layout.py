@@ -124,18 +124,16 @@ def latency_rows(case: Case, openings: int) -> list[Row]:
     equal = True
     for _ in range(openings):
         equal &= _take_turns(case, taken, outside)
-    what = f"{case.name}, {case.few} steps"
+    what, more = f"{case.name}, {case.few} steps", "a request split takes more than"
     return [
         Row(f"{case.name}: pictures of split and fused", "equal" if equal else "differ", "bit for bit", equal),
-        Row.at_most(
-            f"{what}: a request split takes more than fused, outside of its stages",
-            _beyond(outside["split"], outside["fused"]), LATENCY_LIMIT, "ms", 2,
-        ),
-        Row(f"{what}: the same with its stages, by whichever process is the luckier", _by_opening(taken, "split")),
+        Row.at_most(f"{what}: {more} fused", _beyond(taken["split"], taken["fused"]), LATENCY_LIMIT, "ms", 2),
+        Row(f"{what}: {more} fused, outside of its stages", f"{_beyond(outside['split'], outside['fused']):.2f} ms"),
+        Row(f"{what}: {more} fused, by opening", _by_opening(taken, "split")),
         Row(f"{what}: bare processes, with nothing handed over, more than fused", _by_opening(taken, "bare")),
         Row(f"{what}: outside of its stages", _medians(outside, 2)),
         Row(f"{what}: a request", _medians(taken, 1)),
-    ]  # fmt: skip
+    ]
 
 
 def _by_opening(taken: dict[str, list[float]], name: str) -> str:

@@ -184,6 +184,26 @@ def test_the_release_of_little_is_told_with_the_next_task_or_tick() -> None:
     assert cluster.leaks() == []
 
 
+def test_a_release_whose_task_could_not_be_sent_is_told_with_the_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = ToyCluster()
+    encode, rest = cluster.worker("encode", credits=1), cluster.worker("denoise", "decode")
+    encode.size = 1000
+    cluster.submit("a")
+    encode.done("a")
+    rest.done("a")
+    rest.done("a")
+    assert len(encode.kept) == 1, "nothing was said to it since"
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object) -> None:
+            raise ValueError("cannot be encoded")
+
+        patch.setattr(encode, "told", fail)
+        cluster.submit("b")
+    cluster.coordinator.tick()
+    assert not encode.kept
+
+
 def test_cancel_reaches_the_worker_and_frees_everything() -> None:
     cluster = ToyCluster()
     encode, denoise = cluster.worker("encode"), cluster.worker("denoise", credits=1)

@@ -154,7 +154,8 @@ class Effects:
             return
         if task is None:
             return
-        self.send(action.worker, Run(task=task, released=self._take_released(action.worker)))
+        self.send(action.worker, Run(task=task, released=tuple(self._released.get(action.worker, ()))))
+        self._released.pop(action.worker, None)  # not before: what could not be sent is told again
         name = live.worker.hello.name
         self._observers.assigned(record.spec, task.stage, action.attempt, name, action.waited, self._clock())
 
@@ -209,10 +210,7 @@ class Effects:
                 self._tell_released(action.worker)
 
     def _tell_released(self, worker: str) -> None:
-        self.links[worker].send(Release(payloads=self._take_released(worker)))
-
-    def _take_released(self, worker: str) -> tuple[str, ...]:
-        return tuple(self._released.pop(worker, ()))
+        self.links[worker].send(Release(payloads=tuple(self._released.pop(worker))))
 
     def _fetch(self, action: Fetch) -> None:
         answer = partial(self._answer, action.job, action.what, action.number)
