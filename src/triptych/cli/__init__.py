@@ -16,6 +16,7 @@ from triptych.cli.check import check
 from triptych.cli.doctor import doctor
 from triptych.cli.generate import generate
 from triptych.cli.inspect import inspect
+from triptych.cli.interruption import interruptible
 from triptych.cli.keys import keys
 from triptych.cli.layout import layout
 from triptych.cli.replay import replay
@@ -71,7 +72,7 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line (by default this process') and returns its exit code: 0; 1 for a check that did not
-    pass or an error of our own; 2 for wrong input, after one line on standard error; 130 after Ctrl-C."""
+    pass or an error of our own; 2 for wrong input, after one line on standard error; 130 after Ctrl-C or SIGTERM."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     ours = given.index("--") if "--" in given else len(given)
     debug = "--debug" in given[:ours]
@@ -79,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hush()
     atexit.register(gc.freeze)  # or the interpreter spends a second of its end on looking through all of torch
     try:
-        return _run(given or ["--help"])
+        with interruptible():
+            return _run(given or ["--help"])
     except (KeyboardInterrupt, Cancelled):
         typer.echo("cancelled", err=True)
         return _INTERRUPTED

@@ -12,6 +12,7 @@ import typer
 from triptych import __version__
 from triptych.cli.console import Display, note, warn
 from triptych.cli.generation import DEFAULT_MODEL
+from triptych.cli.interruption import interruptible
 from triptych.cli.options import (
     AllowPickle,
     AllowRemoteCode,
@@ -148,12 +149,13 @@ def run(layout: Layout, opening: Callable[[], Door], drain: float) -> None:
     with bind(door.host, door.port) as sock:
         keys = _keys(door)
         _check_address(door, sock.getsockname()[0], keys)
-        with on_signals(_interrupt):
+        with interruptible() as check:
             engine = opening()
-            from triptych.server import create_app, serve_app
-
-            gc.freeze()  # what is here stays; to look through it would hold up every request for a tenth of a second
             try:
+                check()
+                from triptych.server import create_app, serve_app
+
+                gc.freeze()  # what is here stays; to look through it would hold up requests for a tenth of a second
                 drained = serve_app(
                     create_app(engine, door, version=__version__, keys=keys, refuses_missing=refuses_missing),
                     sock,
@@ -198,8 +200,9 @@ def _log_as(format: str) -> None:
     handler.setFormatter(log_formatter(format))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.captureWarnings(format == "json")
-    # uvicorn's starting and ending are ours to tell, and what is fetched may have secrets in its URL.
-    for name in ("uvicorn.error", "httpx", "httpcore", "urllib3"):
+    # uvicorn's starting and ending are ours to tell, what is fetched may have secrets in its URL, and torch ends with
+    # the figures of its own caches.
+    for name in ("uvicorn.error", "httpx", "httpcore", "urllib3", "torch"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
@@ -229,8 +232,3 @@ def _check_address(door: ServeSection, address: str, keys: KeyRing | None) -> No
         raise InvalidRequest.of("host", door.host, allowed)
     text = f"{door.host} is reachable from other machines, and whoever reaches it may submit, see and cancel jobs"
     _teller(door, warn)(text)
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    """SIGTERM like Ctrl-C, so that what is half open is closed."""
-    raise KeyboardInterrupt
