@@ -1,11 +1,11 @@
 """What it costs to be split, and what a split keeps of its slowest stage: per request, and with many in flight.
 
-Latency: requests through a fused and a split Engine in turns, and through the stages alone, each in a process of its
-own, one after another, with nothing handed over. A process is faster or slower for its life, by a tenth of what its
-stages take; beside that, what it costs to be split is seen in what a request takes outside of its stages. Throughput:
-so many in flight through worker processes, beside the slowest stage driven alone, back to back, by the same number of
-threads on the same processors; both in turns, the median of the turns' ratios. Once with stages that only wait, and
-with real ones.
+Latency: requests through a fused and a split Engine in turns. Three processes take more than one for the same stages
+whoever drives them: the work moves to a processor whose caches hold something else. So in the same turns run the bare
+stages, with nothing around them and nothing handed over: in one process, and in three. What the split takes beyond that
+is the engine's. Throughput: so many in flight through worker processes, beside the slowest stage driven alone, back to
+back, by the same number of threads on the same processors; both in turns, the median of the turns' ratios. Once with
+stages that only wait, and with real ones.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,12 @@ import torch  # noqa: E402
 from benchmarks import Row, report, waiting  # noqa: E402
 from benchmarks.contenders import open_modular, pictures_in  # noqa: E402
 from benchmarks.rates import completions, rate_of  # noqa: E402
-from benchmarks.stage_alone import StageAlone  # noqa: E402
+from benchmarks.stage_alone import StagesAlone  # noqa: E402
 from triptych import Engine, Request, Result  # noqa: E402
 from triptych.config import Layout, WorkerPlan  # noqa: E402
 
 STAGES = ("encode", "denoise", "decode")
-TURNS, IN_A_TURN = 5, 4
+TURNS = 30
 LATENCY_LIMIT, WAITING_LIMIT, REAL_LIMIT = 4.0, 0.97, 0.9
 WAITS = (0.010, 0.050, 0.010)
 CLIENTS = 8
@@ -118,44 +119,46 @@ def asking(engine: Engine, fields: dict[str, Any]) -> Callable[[], Result]:
 
 
 def latency_rows(case: Case, openings: int) -> list[Row]:
-    """A fused and a split engine and bare processes in turns, opened anew a few times."""
+    """A fused and a split engine, and bare stages in one process and in three, opened anew a few times."""
     taken: dict[str, list[float]] = {}
     outside: dict[str, list[float]] = {}
     equal = True
     for _ in range(openings):
         equal &= _take_turns(case, taken, outside)
-    what, more = f"{case.name}, {case.few} steps", "a request split takes more than"
+    split, bare = _beyond(taken["split"], taken["fused"]), _beyond(taken["bare in three"], taken["bare in one"])
+    what, more = f"{case.name}, {case.few} steps", "a request split takes more than fused"
+    engine = 1000 * (statistics.median(split) - statistics.median(bare))
+    handing = 1000 * statistics.median(_beyond(outside["split"], outside["fused"]))
     return [
         Row(f"{case.name}: pictures of split and fused", "equal" if equal else "differ", "bit for bit", equal),
-        Row.at_most(f"{what}: {more} fused", _beyond(taken["split"], taken["fused"]), LATENCY_LIMIT, "ms", 2),
-        Row(f"{what}: {more} fused, outside of its stages", f"{_beyond(outside['split'], outside['fused']):.2f} ms"),
-        Row(f"{what}: {more} fused, by opening", _by_opening(taken, "split")),
-        Row(f"{what}: bare processes, with nothing handed over, more than fused", _by_opening(taken, "bare")),
+        Row.at_most(f"{what}: {more}, beyond what bare stages in three take more", engine, LATENCY_LIMIT, "ms", 2),
+        Row(f"{what}: {more}", _by_opening(split)),
+        Row(f"{what}: bare stages in three processes take more than in one", _by_opening(bare)),
+        Row(f"{what}: {more}, outside of its stages", f"{handing:.2f} ms"),
         Row(f"{what}: outside of its stages", _medians(outside, 2)),
         Row(f"{what}: a request", _medians(taken, 1)),
     ]
 
 
-def _by_opening(taken: dict[str, list[float]], name: str) -> str:
-    """What a contender's requests take more than fused ones: in all, and in each opening."""
-    ours, fused = taken[name], taken["fused"]
-    each = [_beyond(ours[at : at + TURNS], fused[at : at + TURNS]) for at in range(0, len(ours), TURNS)]
-    return f"{_beyond(ours, fused):.2f} ms ({min(each):.1f} to {max(each):.1f} by opening)"
+def _beyond(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
+    """In each turn."""
+    return list(map(operator.sub, seconds, others))
+
+
+def _by_opening(more: list[float]) -> str:
+    """At the median: of all, and of each opening."""
+    each = [1000 * statistics.median(more[at : at + TURNS]) for at in range(0, len(more), TURNS)]
+    return f"{1000 * statistics.median(more):.2f} ms ({min(each):.1f} to {max(each):.1f} by opening)"
 
 
 def _medians(taken: dict[str, list[float]], digits: int) -> str:
     return ", ".join(f"{name} {1000 * statistics.median(seconds):.{digits}f} ms" for name, seconds in taken.items())
 
 
-def _beyond(seconds: Sequence[float], others: Sequence[float]) -> float:
-    """Milliseconds, at the median of the turns."""
-    return 1000 * statistics.median(map(operator.sub, seconds, others))
-
-
 def _take_turns(case: Case, taken: dict[str, list[float]], outside: dict[str, list[float]]) -> bool:
-    """Adds the medians of each turn's requests, by contender: of the whole, and of what is outside of the stages. The
-    first of a turn finds others' data in the caches, and does not count. Whether fused and split give equal
-    pictures."""
+    """Adds each turn's requests, by contender: how long they took, and of it what is outside of the stages. The machine
+    drifts by more than what is asked here within a second, so a turn is one request of each, after one that finds
+    others' data in the caches and does not count. Whether fused and split give equal pictures."""
     fields = case.request(case.few)
     with contextlib.ExitStack() as stack:
         layouts = {"fused": Layout.fused().overridden(threads=1), "split": Layout.split().overridden(threads=1)}
@@ -164,21 +167,25 @@ def _take_turns(case: Case, taken: dict[str, list[float]], outside: dict[str, li
             for name, layout in layouts.items()
         }
         made = {name: run() for name, run in engines.items()}
-        alone = [stack.enter_context(StageAlone(case.folder, stage, fields, ())) for stage in STAGES]
-
-        def one_after_another() -> None:
-            for process in alone:
-                process.rate(1)
-
-        runs: list[tuple[str, Callable[[], Result | None]]] = [*engines.items(), ("bare", one_after_another)]
-        for number in range(TURNS):
-            for name, run in runs[number % len(runs) :] + runs[: number % len(runs)]:
-                run()
-                turn = [_timed(run) for _ in range(IN_A_TURN)]
-                taken.setdefault(name, []).append(statistics.median(whole for whole, _ in turn))
+        one = [stack.enter_context(StagesAlone(case.folder, STAGES, fields))]
+        three = [stack.enter_context(StagesAlone(case.folder, [stage], fields)) for stage in STAGES]
+        runs: dict[str, Callable[[], Result | None]] = dict(engines)
+        runs |= {"bare in one": partial(_one_after_another, one), "bare in three": partial(_one_after_another, three)}
+        order = list(runs)
+        for _ in range(TURNS):
+            for name in order:
+                runs[name]()
+                whole, rest = _timed(runs[name])
+                taken.setdefault(name, []).append(whole)
                 if name in engines:
-                    outside.setdefault(name, []).append(statistics.median(rest for _, rest in turn))
+                    outside.setdefault(name, []).append(rest)
+            order.reverse()
     return bool((pictures_in(made["fused"]) == pictures_in(made["split"])).all())
+
+
+def _one_after_another(processes: Sequence[StagesAlone]) -> None:
+    for process in processes:
+        process.rate(1)
 
 
 def _timed(run: Callable[[], Result | None]) -> tuple[float, float]:
@@ -198,7 +205,7 @@ def throughput_rows(case: Case, rounds: int, count: int) -> list[Row]:
         split = stack.enter_context(Engine.open(case.folder, layout=layout, device="cpu"))
         fused_layout = Layout.fused().overridden(threads=1)
         fused = asking(stack.enter_context(Engine.open(case.folder, layout=fused_layout, device="cpu")), fields)
-        bare = stack.enter_context(StageAlone(case.folder, "denoise", fields, cpus))
+        bare = stack.enter_context(StagesAlone(case.folder, ["denoise"], fields, cpus))
         loop = open_modular(case.folder)
         run = asking(split, fields)
         stages = [f"{took.stage} {1000 * took.ran:.1f} ms" for took in fused().times]
@@ -238,7 +245,7 @@ def main() -> int:
     """Runs all of it; 1 if a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each throughput (default 5)")
-    parser.add_argument("--openings", type=int, default=8, help="of the engines whose latency is compared (default 8)")
+    parser.add_argument("--openings", type=int, default=8, help="of those whose latency is compared (default 8)")
     parser.add_argument("--count", type=int, default=60, help="requests per turn (default 60)")
     parser.add_argument("--parts", nargs="+", default=["latency", "throughput"], choices=["latency", "throughput"])
     parser.add_argument("--only", help="`waiting`, or the cases whose name begins with this")
