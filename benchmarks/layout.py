@@ -1,9 +1,9 @@
 """What it costs to be split, and what a split keeps of its slowest stage: per request, and with many in flight.
 
-Latency: requests through a fused and a split Engine in turns. Three processes take more than one for the same stages
-whoever drives them: the work moves to a processor whose caches hold something else. So in the same turns run the bare
-stages, with nothing around them and nothing handed over: in one process, and in three. What the split takes beyond that
-is the engine's. Throughput: so many in flight through worker processes, beside the slowest stage driven alone, back to
+Latency: requests through a fused and a split Engine in turns. Three processes compute for longer than one does, on
+whatever processors the system wakes them, though nothing is handed over: that is measured in the same turns by the bare
+stages in one process and in three, in seconds of the stages alone. What the split takes beyond that is the engine's.
+Throughput: so many in flight through worker processes, beside the slowest stage driven alone, back to
 back, by the same number of threads on the same processors; both in turns, the median of the turns' ratios. Once with
 stages that only wait, and with real ones.
 """
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import operator
 import os
+import random
 import statistics
 import sys
 import time
@@ -37,6 +39,7 @@ from benchmarks.rates import completions, rate_of  # noqa: E402
 from benchmarks.stage_alone import StagesAlone  # noqa: E402
 from triptych import Engine, Request, Result  # noqa: E402
 from triptych.config import Layout, WorkerPlan  # noqa: E402
+from triptych.worker.opening import keep_memory, settle  # noqa: E402
 
 STAGES = ("encode", "denoise", "decode")
 TURNS = 30
@@ -127,28 +130,36 @@ def latency_rows(case: Case, openings: int) -> list[Row]:
         equal &= _take_turns(case, taken, outside)
     split, bare = _beyond(taken["split"], taken["fused"]), _beyond(taken["bare in three"], taken["bare in one"])
     what, more = f"{case.name}, {case.few} steps", "a request split takes more than fused"
-    engine = 1000 * (statistics.median(split) - statistics.median(bare))
+    engine = [ours - theirs for ours, theirs in zip(_by_opening(split), _by_opening(bare), strict=True)]
+    gated = 1000 * (statistics.median(split) - statistics.median(bare))
     handing = 1000 * statistics.median(_beyond(outside["split"], outside["fused"]))
     return [
         Row(f"{case.name}: pictures of split and fused", "equal" if equal else "differ", "bit for bit", equal),
-        Row.at_most(f"{what}: {more}, beyond what bare stages in three take more", engine, LATENCY_LIMIT, "ms", 2),
-        Row(f"{what}: {more}", _by_opening(split)),
-        Row(f"{what}: bare stages in three processes take more than in one", _by_opening(bare)),
+        Row.at_most(f"{what}: {more}, beyond what bare stages in three take more", gated, LATENCY_LIMIT, "ms", 2),
+        Row(f"{what}: the same by opening", _spread(engine)),
+        Row(f"{what}: {more}", f"{1000 * statistics.median(split):.2f} ms, {_spread(_by_opening(split))}"),
+        Row(
+            f"{what}: bare stages in three processes take more than in one",
+            f"{1000 * statistics.median(bare):.2f} ms, {_spread(_by_opening(bare))}",
+        ),
         Row(f"{what}: {more}, outside of its stages", f"{handing:.2f} ms"),
-        Row(f"{what}: outside of its stages", _medians(outside, 2)),
+        Row(f"{what}: outside of its stages", _medians({name: outside[name] for name in ("fused", "split")}, 2)),
         Row(f"{what}: a request", _medians(taken, 1)),
     ]
 
 
 def _beyond(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
-    """In each turn."""
+    """By how many seconds the one is longer than the other, turn by turn."""
     return list(map(operator.sub, seconds, others))
 
 
-def _by_opening(more: list[float]) -> str:
-    """At the median: of all, and of each opening."""
-    each = [1000 * statistics.median(more[at : at + TURNS]) for at in range(0, len(more), TURNS)]
-    return f"{1000 * statistics.median(more):.2f} ms ({min(each):.1f} to {max(each):.1f} by opening)"
+def _by_opening(more: list[float]) -> list[float]:
+    """The median of each opening's turns."""
+    return [statistics.median(more[at : at + TURNS]) for at in range(0, len(more), TURNS)]
+
+
+def _spread(openings: list[float]) -> str:
+    return f"{1000 * min(openings):.1f} to {1000 * max(openings):.1f} ms by opening"
 
 
 def _medians(taken: dict[str, list[float]], digits: int) -> str:
@@ -156,9 +167,10 @@ def _medians(taken: dict[str, list[float]], digits: int) -> str:
 
 
 def _take_turns(case: Case, taken: dict[str, list[float]], outside: dict[str, list[float]]) -> bool:
-    """Adds each turn's requests, by contender: how long they took, and of it what is outside of the stages. The machine
-    drifts by more than what is asked here within a second, so a turn is one request of each, after one that finds
-    others' data in the caches and does not count. Whether fused and split give equal pictures."""
+    """Adds each turn's requests, by contender: how long they took, and of it what is outside of the stages. A turn is
+    one request of each, after one that finds others' data in the caches and does not count: the machine's speed drifts,
+    and the less time lies between those that are compared, the less of it. Whether fused and split give equal
+    pictures."""
     fields = case.request(case.few)
     with contextlib.ExitStack() as stack:
         layouts = {"fused": Layout.fused().overridden(threads=1), "split": Layout.split().overridden(threads=1)}
@@ -167,33 +179,38 @@ def _take_turns(case: Case, taken: dict[str, list[float]], outside: dict[str, li
             for name, layout in layouts.items()
         }
         made = {name: run() for name, run in engines.items()}
+        settle()  # as worker processes do, and those of the bare stages
+        stack.callback(gc.unfreeze)
         one = [stack.enter_context(StagesAlone(case.folder, STAGES, fields))]
         three = [stack.enter_context(StagesAlone(case.folder, [stage], fields)) for stage in STAGES]
-        runs: dict[str, Callable[[], Result | None]] = dict(engines)
-        runs |= {"bare in one": partial(_one_after_another, one), "bare in three": partial(_one_after_another, three)}
-        order = list(runs)
+        timed: dict[str, Callable[[], tuple[float, float]]] = {
+            **{name: partial(_request, run) for name, run in engines.items()},
+            "bare in one": partial(_bare, one),
+            "bare in three": partial(_bare, three),
+        }
+        _bare([*one, *three])  # they have loaded when they answer
+        order, shuffler = list(timed), random.Random(0)
         for _ in range(TURNS):
+            shuffler.shuffle(order)
             for name in order:
-                runs[name]()
-                whole, rest = _timed(runs[name])
+                timed[name]()
+                whole, rest = timed[name]()
                 taken.setdefault(name, []).append(whole)
-                if name in engines:
-                    outside.setdefault(name, []).append(rest)
-            order.reverse()
+                outside.setdefault(name, []).append(rest)
     return bool((pictures_in(made["fused"]) == pictures_in(made["split"])).all())
 
 
-def _one_after_another(processes: Sequence[StagesAlone]) -> None:
-    for process in processes:
-        process.rate(1)
-
-
-def _timed(run: Callable[[], Result | None]) -> tuple[float, float]:
+def _request(run: Callable[[], Result]) -> tuple[float, float]:
     """How long a request takes, and how much of it outside of its stages."""
     began = time.perf_counter()
     result = run()
     seconds = time.perf_counter() - began
-    return seconds, seconds - sum(took.ran for took in result.times) if result is not None else seconds
+    return seconds, seconds - sum(took.ran for took in result.times)
+
+
+def _bare(processes: Sequence[StagesAlone]) -> tuple[float, float]:
+    """The same of stages alone, by their own clocks."""
+    return sum(1 / process.rate(1) for process in processes), 0.0
 
 
 def throughput_rows(case: Case, rounds: int, count: int) -> list[Row]:
@@ -254,6 +271,7 @@ def main() -> int:
     if options.count < CLIENTS + 2:
         parser.error(f"--count must be at least {CLIENTS + 2}: a rate is of what ends after all clients have begun")
     torch.set_num_threads(1)
+    keep_memory()  # as worker processes do
     return report("layout", list(rows(options)), options.save)
 
 

@@ -66,16 +66,17 @@ def main(folder: str, wanted: str, fields: str, cpus: str) -> None:
     resolved = resolve(opened.topology, Request.parse(**json.loads(fields)), None)
 
     with torch.no_grad():
-        payload, asked = None, []
+        payload, names, asked = None, wanted.split(","), []
         for part in opened.topology.stages:
             stage = opened.stages[part.name]
             stage.load(lambda _: None)
             declared = {item.name for item in part.request_inputs}
             given = {name: value for name, value in resolved.fields.items() if name in declared}
             task = StageTask("warm", given, resolved.seed, resolved.guidance_scale, payload=payload)
-            if part.name in wanted.split(","):
+            if part.name in names:
                 asked.append((stage, task))
             payload = run_alone(stage, task).payload
+        assert len(asked) == len(names), f"{wanted}: the model has {', '.join(opened.stages)}"
         settle()
         for line in sys.stdin:
             began = time.perf_counter()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,34 @@ def test_interrupted(error: BaseException, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(cli, "_run", failing(error))
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "cancelled\n"
+
+
+@pytest.mark.parametrize("then", ["raise", "turn", "return"])
+def test_interrupted_whatever_becomes_of_it(
+    then: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Extension modules turn it into errors of their own, and some code takes any error for an answer."""
+
+    def command(arguments: list[str]) -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            if then == "raise":
+                raise
+            if then == "turn":
+                raise ValueError("a schema could not be built") from None
+        return 1
+
+    monkeypatch.setattr(cli, "_run", command)
+    former = signal.getsignal(signal.SIGINT)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "cancelled\n"
+    assert signal.getsignal(signal.SIGINT) is former
+
+
+def test_off_the_main_thread_nothing_is_heard() -> None:
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(main, ["--version"]).result() == 0
 
 
 def test_a_field_with_another_flag_names_both(

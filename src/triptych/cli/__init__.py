@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -72,7 +75,7 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line (by default this process') and returns its exit code: 0; 1 for a check that did not
-    pass or an error of our own; 2 for wrong input, after one line on standard error; 130 after Ctrl-C or SIGTERM."""
+    pass or an error of our own; 2 for wrong input, after one line on standard error; 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     ours = given.index("--") if "--" in given else len(given)
     debug = "--debug" in given[:ours]
@@ -80,8 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     hush()
     atexit.register(gc.freeze)  # or the interpreter spends a second of its end on looking through all of torch
     try:
-        with interruptible():
-            return _run(given or ["--help"])
+        with _interruptible() as check:
+            code = _run(given or ["--help"])
+            if code:
+                check()
+            return code
     except (KeyboardInterrupt, Cancelled):
         typer.echo("cancelled", err=True)
         return _INTERRUPTED
@@ -100,6 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         typer.echo(f"error: internal: {text} (--debug shows where)", err=True)
         return 1
+
+
+def _interruptible() -> contextlib.AbstractContextManager[Callable[[], None]]:
+    """Ctrl-C for whatever command; what SIGTERM does, those say that have something to leave in order."""
+    if threading.current_thread() is threading.main_thread():
+        return interruptible(signal.SIGINT)
+    return contextlib.nullcontext(lambda: None)
 
 
 def _run(arguments: list[str]) -> int:

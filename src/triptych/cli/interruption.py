@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import threading
+import signal
 from collections.abc import Callable, Iterator
 
 __all__ = ["interruptible"]
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
-    """Within it SIGINT and SIGTERM raise KeyboardInterrupt, so that what is half open is closed, and it ends with
-    KeyboardInterrupt whatever became of the first one: raised inside of an extension module it comes out as that
-    module's own error (pydantic's SchemaError, while a schema is built). Inside of a finalizer it does not come out at
-    all; what it yields raises it again. Off the main thread, which hears no signals, it changes nothing."""
+def interruptible(*signals: signal.Signals) -> Iterator[Callable[[], None]]:
+    """Within it these signals raise KeyboardInterrupt, so that what is half open is closed, and whatever it then fails
+    with becomes that: raised inside of an extension module it comes out as that module's own error (pydantic's
+    SchemaError, while a schema is built). Inside of a finalizer it does not come out at all; what is yielded raises it
+    again, for whoever is about to go on. What was ignored before (by nohup, say) stays ignored. For the main thread;
+    ValueError on any other."""
     asked: list[int] = []
 
     def hear(number: int, frame: object) -> None:
@@ -25,15 +26,14 @@ def interruptible() -> Iterator[Callable[[], None]]:
         if asked:
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield check
-        return
     from triptych.server import on_signals
 
-    with on_signals(hear):
+    with on_signals(hear, [one for one in signals if signal.getsignal(one) is not signal.SIG_IGN]):
         try:
             yield check
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic of an extension module is no Exception
             if asked:
                 raise KeyboardInterrupt from error
             raise

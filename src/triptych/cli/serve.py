@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -138,8 +139,8 @@ def _import_door() -> None:
 
 
 def run(layout: Layout, opening: Callable[[], Door], drain: float) -> None:
-    """Takes the port, opens the engine, and serves until a signal. Raises TriptychError; exits with 1 where it was
-    stopped before it was drained."""
+    """Takes the port, opens the engine, and serves until a signal. Raises TriptychError, and KeyboardInterrupt where it
+    was told to stop before it served; exits with 1 where it was stopped before it was drained."""
     from triptych.server import bind, on_signals
 
     door = layout.serve
@@ -149,15 +150,16 @@ def run(layout: Layout, opening: Callable[[], Door], drain: float) -> None:
     with bind(door.host, door.port) as sock:
         keys = _keys(door)
         _check_address(door, sock.getsockname()[0], keys)
-        with interruptible() as check:
+        with interruptible(signal.SIGTERM, signal.SIGINT) as check:
             engine = opening()
             try:
-                check()
                 from triptych.server import create_app, serve_app
 
+                app = create_app(engine, door, version=__version__, keys=keys, refuses_missing=refuses_missing)
                 gc.freeze()  # what is here stays; to look through it would hold up requests for a tenth of a second
+                check()
                 drained = serve_app(
-                    create_app(engine, door, version=__version__, keys=keys, refuses_missing=refuses_missing),
+                    app,
                     sock,
                     ready=lambda url: print(f"ready: {url}", flush=True),
                     drain=lambda: engine.drain(drain),

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -53,9 +53,11 @@ def url_of(sock: socket.socket) -> str:
 
 
 @contextlib.contextmanager
-def on_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """SIGTERM and SIGINT are this handler's within the block, on the main thread."""
-    before = {number: signal.signal(number, handler) for number in _SIGNALS}
+def on_signals(
+    handler: Callable[[int, FrameType | None], Any], signals: Iterable[signal.Signals] = _SIGNALS
+) -> Iterator[None]:
+    """SIGTERM and SIGINT, or these, are this handler's within the block, on the main thread."""
+    before = {number: signal.signal(number, handler) for number in signals}
     try:
         yield
     finally:
