@@ -1,11 +1,10 @@
 """What it costs to be split, and what a split keeps of its slowest stage: per request, and with many in flight.
 
-Latency: requests through a fused and a split Engine in turns. Three processes compute for longer than one does, on
-whatever processors the system wakes them, though nothing is handed over: that is measured in the same turns by the bare
-stages in one process and in three, in seconds of the stages alone. What the split takes beyond that is the engine's.
-Throughput: so many in flight through worker processes, beside the slowest stage driven alone, back to
-back, by the same number of threads on the same processors; both in turns, the median of the turns' ratios. Once with
-stages that only wait, and with real ones.
+Latency: requests through a fused and a split Engine in turns, the stages of either with one thread on one and the same
+processor: processors of one machine differ by more than what is asked here, and each process stays on the one that it
+came to. Beside that, both wherever the system puts them. Throughput: so many in flight through worker processes, beside
+the slowest stage driven alone, back to back, by the same number of threads on the same processors; both in turns, the
+median of the turns' ratios. Once with stages that only wait, and with real ones.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +34,14 @@ import torch  # noqa: E402
 from benchmarks import Row, report, waiting  # noqa: E402
 from benchmarks.contenders import open_modular, pictures_in  # noqa: E402
 from benchmarks.rates import completions, rate_of  # noqa: E402
-from benchmarks.stage_alone import StagesAlone  # noqa: E402
+from benchmarks.stage_alone import StageAlone  # noqa: E402
 from triptych import Engine, Request, Result  # noqa: E402
 from triptych.config import Layout, WorkerPlan  # noqa: E402
 from triptych.worker.opening import keep_memory, settle  # noqa: E402
 
 STAGES = ("encode", "denoise", "decode")
 TURNS = 30
+FREE = " (wherever)"
 LATENCY_LIMIT, WAITING_LIMIT, REAL_LIMIT = 4.0, 0.97, 0.9
 WAITS = (0.010, 0.050, 0.010)
 CLIENTS = 8
@@ -122,30 +121,31 @@ def asking(engine: Engine, fields: dict[str, Any]) -> Callable[[], Result]:
 
 
 def latency_rows(case: Case, openings: int) -> list[Row]:
-    """A fused and a split engine, and bare stages in one process and in three, opened anew a few times."""
-    taken: dict[str, list[float]] = {}
-    outside: dict[str, list[float]] = {}
+    """Fused and split engines in turns, opened anew a few times."""
+    taken: dict[str, list[float]] = {name: [] for name in _layouts()}
+    outside: dict[str, list[float]] = {name: [] for name in taken}
     equal = True
     for _ in range(openings):
         equal &= _take_turns(case, taken, outside)
-    split, bare = _beyond(taken["split"], taken["fused"]), _beyond(taken["bare in three"], taken["bare in one"])
-    what, more = f"{case.name}, {case.few} steps", "a request split takes more than fused"
-    engine = [ours - theirs for ours, theirs in zip(_by_opening(split), _by_opening(bare), strict=True)]
-    gated = 1000 * (statistics.median(split) - statistics.median(bare))
-    handing = 1000 * statistics.median(_beyond(outside["split"], outside["fused"]))
+    what = f"{case.name}, {case.few} steps, on one processor"
+    free = f"{case.name}, {case.few} steps, wherever"
+    more = "a request split takes more than fused"
     return [
         Row(f"{case.name}: pictures of split and fused", "equal" if equal else "differ", "bit for bit", equal),
-        Row.at_most(f"{what}: {more}, beyond what bare stages in three take more", gated, LATENCY_LIMIT, "ms", 2),
-        Row(f"{what}: the same by opening", _spread(engine)),
-        Row(f"{what}: {more}", f"{1000 * statistics.median(split):.2f} ms, {_spread(_by_opening(split))}"),
-        Row(
-            f"{what}: bare stages in three processes take more than in one",
-            f"{1000 * statistics.median(bare):.2f} ms, {_spread(_by_opening(bare))}",
-        ),
-        Row(f"{what}: {more}, outside of its stages", f"{handing:.2f} ms"),
-        Row(f"{what}: outside of its stages", _medians({name: outside[name] for name in ("fused", "split")}, 2)),
-        Row(f"{what}: a request", _medians(taken, 1)),
+        Row.at_most(f"{what}: {more}", 1000 * _more(taken, ""), LATENCY_LIMIT, "ms", 2),
+        Row(f"{what}: {more}, by opening", _spread(_beyond(taken["split"], taken["fused"]))),
+        Row(f"{what}: {more}, outside of its stages", f"{1000 * _more(outside, ''):.2f} ms"),
+        Row(f"{free}: {more}", f"{1000 * _more(taken, FREE):.2f} ms"),
+        Row(f"{free}: {more}, by opening", _spread(_beyond(taken["split" + FREE], taken["fused" + FREE]))),
+        Row(f"{free}: {more}, outside of its stages", f"{1000 * _more(outside, FREE):.2f} ms"),
+        Row(f"{case.name}, {case.few} steps: a request", _medians(taken, 1)),
+        Row(f"{case.name}, {case.few} steps: outside of its stages", _medians(outside, 2)),
     ]
+
+
+def _more(seconds: dict[str, list[float]], where: str) -> float:
+    """Of split than of fused, at the median of the turns."""
+    return statistics.median(_beyond(seconds["split" + where], seconds["fused" + where]))
 
 
 def _beyond(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
@@ -153,13 +153,10 @@ def _beyond(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
     return list(map(operator.sub, seconds, others))
 
 
-def _by_opening(more: list[float]) -> list[float]:
-    """The median of each opening's turns."""
-    return [statistics.median(more[at : at + TURNS]) for at in range(0, len(more), TURNS)]
-
-
-def _spread(openings: list[float]) -> str:
-    return f"{1000 * min(openings):.1f} to {1000 * max(openings):.1f} ms by opening"
+def _spread(more: list[float]) -> str:
+    """The medians of the openings' turns."""
+    each = [1000 * statistics.median(more[at : at + TURNS]) for at in range(0, len(more), TURNS)]
+    return f"{min(each):.1f} to {max(each):.1f} ms"
 
 
 def _medians(taken: dict[str, list[float]], digits: int) -> str:
@@ -173,44 +170,40 @@ def _take_turns(case: Case, taken: dict[str, list[float]], outside: dict[str, li
     pictures."""
     fields = case.request(case.few)
     with contextlib.ExitStack() as stack:
-        layouts = {"fused": Layout.fused().overridden(threads=1), "split": Layout.split().overridden(threads=1)}
         engines = {
             name: asking(stack.enter_context(Engine.open(case.folder, layout=layout, device="cpu")), fields)
-            for name, layout in layouts.items()
+            for name, layout in _layouts().items()
         }
         made = {name: run() for name, run in engines.items()}
-        settle()  # as worker processes do, and those of the bare stages
+        settle()  # as worker processes do
         stack.callback(gc.unfreeze)
-        one = [stack.enter_context(StagesAlone(case.folder, STAGES, fields))]
-        three = [stack.enter_context(StagesAlone(case.folder, [stage], fields)) for stage in STAGES]
-        timed: dict[str, Callable[[], tuple[float, float]]] = {
-            **{name: partial(_request, run) for name, run in engines.items()},
-            "bare in one": partial(_bare, one),
-            "bare in three": partial(_bare, three),
-        }
-        _bare([*one, *three])  # they have loaded when they answer
-        order, shuffler = list(timed), random.Random(0)
+        order, shuffler = list(engines), random.Random(0)
         for _ in range(TURNS):
             shuffler.shuffle(order)
             for name in order:
-                timed[name]()
-                whole, rest = timed[name]()
-                taken.setdefault(name, []).append(whole)
-                outside.setdefault(name, []).append(rest)
-    return bool((pictures_in(made["fused"]) == pictures_in(made["split"])).all())
+                engines[name]()
+                whole, rest = _timed(engines[name])
+                taken[name].append(whole)
+                outside[name].append(rest)
+    return all(bool((pictures_in(made["fused"]) == pictures_in(one)).all()) for one in made.values())
 
 
-def _request(run: Callable[[], Result]) -> tuple[float, float]:
+def _layouts() -> dict[str, Layout]:
+    """Fused and split, with the stages on one processor and wherever the system puts them."""
+    _, cpus = pinned()
+    found = {}
+    for where, on in (("", cpus), (FREE, None)):
+        found["fused" + where] = Layout(name="fused", workers=(WorkerPlan(stages=("all",), threads=1, cpus=on),))
+        found["split" + where] = Layout(name="split", workers=(WorkerPlan(stages=("each",), threads=1, cpus=on),))
+    return found
+
+
+def _timed(run: Callable[[], Result]) -> tuple[float, float]:
     """How long a request takes, and how much of it outside of its stages."""
     began = time.perf_counter()
     result = run()
     seconds = time.perf_counter() - began
     return seconds, seconds - sum(took.ran for took in result.times)
-
-
-def _bare(processes: Sequence[StagesAlone]) -> tuple[float, float]:
-    """The same of stages alone, by their own clocks."""
-    return sum(1 / process.rate(1) for process in processes), 0.0
 
 
 def throughput_rows(case: Case, rounds: int, count: int) -> list[Row]:
@@ -222,7 +215,7 @@ def throughput_rows(case: Case, rounds: int, count: int) -> list[Row]:
         split = stack.enter_context(Engine.open(case.folder, layout=layout, device="cpu"))
         fused_layout = Layout.fused().overridden(threads=1)
         fused = asking(stack.enter_context(Engine.open(case.folder, layout=fused_layout, device="cpu")), fields)
-        bare = stack.enter_context(StagesAlone(case.folder, ["denoise"], fields, cpus))
+        bare = stack.enter_context(StageAlone(case.folder, "denoise", fields, cpus))
         loop = open_modular(case.folder)
         run = asking(split, fields)
         stages = [f"{took.stage} {1000 * took.ran:.1f} ms" for took in fused().times]
@@ -262,7 +255,7 @@ def main() -> int:
     """Runs all of it; 1 if a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each throughput (default 5)")
-    parser.add_argument("--openings", type=int, default=8, help="of those whose latency is compared (default 8)")
+    parser.add_argument("--openings", type=int, default=6, help="of the engines whose latency is compared (default 6)")
     parser.add_argument("--count", type=int, default=60, help="requests per turn (default 60)")
     parser.add_argument("--parts", nargs="+", default=["latency", "throughput"], choices=["latency", "throughput"])
     parser.add_argument("--only", help="`waiting`, or the cases whose name begins with this")

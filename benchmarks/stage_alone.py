@@ -1,8 +1,8 @@
-"""Stages of a model and nothing around them, in a process of their own: what a worker of them could reach at best.
+"""One stage of a model and nothing around it, in a process of its own: what a worker of it could reach at best.
 
-`python benchmarks/stage_alone.py FOLDER STAGES FIELDS CPUS` runs the request's stages once, then answers each line with
-a count on its standard input by the seconds that so many tasks of its STAGES (`denoise`, `encode,denoise`) took, back
-to back, and exits when the input ends.
+`python benchmarks/stage_alone.py FOLDER STAGE FIELDS CPUS` runs the request's stages once, then answers each line with
+a count on its standard input by the seconds that so many tasks of the stage took, back to back, and exits when the
+input ends.
 """
 
 from __future__ import annotations
@@ -11,38 +11,36 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a file: the repository's root is not on the path then
     sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-__all__ = ["StagesAlone"]
+__all__ = ["StageAlone"]
 
 
-class StagesAlone:
+class StageAlone:
     """The process, and what it is asked. Use as a context manager."""
 
-    def __init__(
-        self, folder: str, stages: Sequence[str], fields: Mapping[str, Any], cpus: tuple[int, ...] = ()
-    ) -> None:
-        command = [sys.executable, __file__, folder, ",".join(stages), json.dumps(fields), json.dumps(cpus)]
+    def __init__(self, folder: str, stage: str, fields: Mapping[str, Any], cpus: tuple[int, ...]) -> None:
+        command = [sys.executable, __file__, folder, stage, json.dumps(fields), json.dumps(cpus)]
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def rate(self, count: int) -> float:
-        """Tasks (of each stage one) per second of `count` back to back. Raises EOFError if the process has died."""
+        """Tasks per second of `count` back to back. Raises EOFError if the process has died."""
         assert self._child.stdin is not None and self._child.stdout is not None
         self._child.stdin.write(f"{count}\n")
         self._child.stdin.flush()
         answer = self._child.stdout.readline()
         if not answer:
-            raise EOFError("the process of the stages alone has died")
+            raise EOFError("the process of the stage alone has died")
         return count / float(answer)
 
-    def __enter__(self) -> StagesAlone:
+    def __enter__(self) -> StageAlone:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -55,7 +53,7 @@ def main(folder: str, wanted: str, fields: str, cpus: str) -> None:
 
     from triptych import Request
     from triptych.model import resolve
-    from triptych.stage import StageTask
+    from triptych.stage import Stage, StageTask
     from triptych.worker import WorkerSettings, open_for, run_alone
     from triptych.worker.opening import keep_memory, pin, settle
 
@@ -66,21 +64,21 @@ def main(folder: str, wanted: str, fields: str, cpus: str) -> None:
     resolved = resolve(opened.topology, Request.parse(**json.loads(fields)), None)
 
     with torch.no_grad():
-        payload, names, asked = None, wanted.split(","), []
+        payload, asked = None, None
         for part in opened.topology.stages:
             stage = opened.stages[part.name]
             stage.load(lambda _: None)
             declared = {item.name for item in part.request_inputs}
             given = {name: value for name, value in resolved.fields.items() if name in declared}
             task = StageTask("warm", given, resolved.seed, resolved.guidance_scale, payload=payload)
-            if part.name in names:
-                asked.append((stage, task))
+            if part.name == wanted:
+                asked = stage, task
             payload = run_alone(stage, task).payload
-        assert len(asked) == len(names), f"{wanted}: the model has {', '.join(opened.stages)}"
+        stage, task = cast(tuple[Stage, StageTask], asked)
         settle()
         for line in sys.stdin:
             began = time.perf_counter()
-            for stage, task in asked * int(line):
+            for _ in range(int(line)):
                 run_alone(stage, task)
             print(time.perf_counter() - began, flush=True)
 
