@@ -14,8 +14,8 @@ def interruptible(*signals: signal.Signals) -> Iterator[Callable[[], None]]:
     """Within it these signals raise KeyboardInterrupt, so that what is half open is closed, and whatever it then fails
     with becomes that: raised inside of an extension module it comes out as that module's own error (pydantic's
     SchemaError, while a schema is built). Inside of a finalizer it does not come out at all; what is yielded raises it
-    again, for whoever is about to go on. What was ignored before (by nohup, say) stays ignored. For the main thread;
-    ValueError on any other."""
+    again, for whoever is about to go on. What was ignored before, as a shell has it for what it starts in the
+    background, stays ignored. For the main thread; ValueError on any other."""
     asked: list[int] = []
 
     def hear(number: int, frame: object) -> None:
