@@ -74,6 +74,9 @@ class WaitingStage:
         """Nothing to load."""
         return StageInfo(0, CAPACITY)
 
+    def expect(self, task: StageTask) -> None:
+        """There is nothing to prepare."""
+
     def admit(self, task: StageTask) -> Admitted | Full:
         """Takes as many tasks as a worker's stage does by default."""
         if len(self._tasks) >= CAPACITY:

@@ -24,6 +24,7 @@ __all__ = [
     "Drain",
     "Draining",
     "Encoding",
+    "Expect",
     "Failed",
     "Flush",
     "Flushed",
@@ -57,7 +58,7 @@ __all__ = [
     "ticket_is_good",
 ]
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Changes with every change of what is said here; unequal ones refuse each other."""
 
 Route = Literal["reference", "memfd", "tcp", "mooncake"]
@@ -357,8 +358,15 @@ class Run(Message, frozen=True):
     """payloads that nobody needs any more"""
 
 
+class Expect(Message, frozen=True):
+    """This task will probably come, as soon as its input is made: what needs none of that may be done now. Followed
+    by its Run, or by Cancel."""
+
+    task: Task
+
+
 class Cancel(Message, frozen=True):
-    """Drop this job's task before its next unit, if it is still there."""
+    """Drop this job's task before its next unit, if it is still there, and what was to be expected of it."""
 
     job: str
 
@@ -415,7 +423,7 @@ FromWorker = (
     | Draining
     | Goodbye
 )
-ToWorker = Welcome | Refused | Run | Cancel | Release | PeerGone | Prove | Flush | SetPreview | Drain | Stop
+ToWorker = Welcome | Refused | Run | Expect | Cancel | Release | PeerGone | Prove | Flush | SetPreview | Drain | Stop
 
 
 class _AnyHello(msgspec.Struct, frozen=True, tag="Hello"):

@@ -387,6 +387,7 @@ class Coordinator:
             try:
                 yield
                 self._effects.perform()
+                self._observers.tell()
             finally:
                 self._depth -= 1
                 outermost = not self._depth

@@ -13,7 +13,7 @@ import msgspec
 
 from triptych.cluster.absentees import Absentees
 from triptych.cluster.delivery import Delivery
-from triptych.cluster.jobs import ENDED, JobRecord, JobStore, Keeper, Kept, Link, NotNear, Outcome, StageSpec
+from triptych.cluster.jobs import ENDED, JobRecord, JobStore, Keeper, Kept, Link, NotNear, Outcome
 from triptych.cluster.observers import Observers
 from triptych.cluster.scheduling.actions import (
     Action,
@@ -24,6 +24,7 @@ from triptych.cluster.scheduling.actions import (
     Drop,
     Ended,
     Fetch,
+    Foretell,
     GiveMap,
     Let,
     Persist,
@@ -34,6 +35,7 @@ from triptych.cluster.scheduling.scheduler import Scheduler
 from triptych.messages import (
     Cancel,
     Descriptor,
+    Expect,
     Hello,
     PeerGone,
     Prove,
@@ -91,6 +93,7 @@ class Effects:
         self._performing = False
         self._perform_one: dict[type, Callable[..., None]] = {
             Assign: self._run,
+            Foretell: self._foretell,
             CancelAt: lambda action: self.send(action.worker, Cancel(job=action.job)),
             Let: self._let,
             Ask: lambda action: self.send(action.worker, Prove()),
@@ -159,6 +162,12 @@ class Effects:
         name = live.worker.hello.name
         self._observers.assigned(record.spec, task.stage, action.attempt, name, action.waited, self._clock())
 
+    def _foretell(self, action: Foretell) -> None:
+        live = self._scheduler.jobs.get(action.job)
+        if live is not None and live.foretold == (action.worker, action.stage):
+            attempt = live.record.attempts[action.stage] + 1
+            self.send(action.worker, Expect(task=self._unticketed(live.record, action.stage, attempt)))
+
     def _again(self, action: Assign, coming: Future[Any]) -> None:
         """Called from the keeper's threads: whatever is said to the coordinator has it perform what is to do."""
         self._to_do.append(action)
@@ -177,7 +186,7 @@ class Effects:
         if record.checkpoint is not None and record.checkpoint_stage == record.stage:
             checkpoint = self._offer(live, "checkpoint", record.checkpoint.name)
         return msgspec.structs.replace(
-            _unticketed(record, part, self._scheduler.limits.checkpoint_seconds),
+            self._unticketed(record, record.stage, record.attempts[record.stage]),
             pictures=pictures,
             payload=self._ticket(live.input),
             checkpoint=checkpoint,
@@ -272,33 +281,32 @@ class Effects:
     def _write_task(self, action: WriteTask) -> None:
         if self._failed:
             record = action.record
-            part = record.spec.stages[action.stage]
-            self._failed(record, _unticketed(record, part, self._scheduler.limits.checkpoint_seconds))
+            self._failed(record, self._unticketed(record, action.stage, record.attempts[action.stage]))
+
+    def _unticketed(self, record: JobRecord, stage: int, attempt: int) -> Task:
+        """A stage's task, without tickets."""
+        spec, part = record.spec, record.spec.stages[stage]
+        last = stage == len(spec.stages) - 1
+        return Task(
+            job=spec.id,
+            stage=part.stage,
+            attempt=record.mark + attempt,
+            fields=part.fields,
+            seed=spec.seed,
+            guidance_scale=spec.guidance_scale,
+            shift=spec.shift,
+            preview=spec.preview,
+            exact=spec.exact,
+            raw=spec.raw and last,
+            encoding=spec.encoding if last else None,
+            checkpoint_seconds=self._scheduler.limits.checkpoint_seconds,
+            bare=spec.bare,
+        )
 
     def _tell_end(self, action: Ended) -> None:
         self._observers.ended(action.record, self._clock())
         self._delivery.put(action.record.spec.id, outcome_of(action.record))
         self._changed()
-
-
-def _unticketed(record: JobRecord, part: StageSpec, checkpoint_seconds: float | None) -> Task:
-    """The task of a job's present stage, without tickets."""
-    spec, last = record.spec, record.stage == len(record.spec.stages) - 1
-    return Task(
-        job=spec.id,
-        stage=part.stage,
-        attempt=record.mark + record.attempts[record.stage],
-        fields=part.fields,
-        seed=spec.seed,
-        guidance_scale=spec.guidance_scale,
-        shift=spec.shift,
-        preview=spec.preview,
-        exact=spec.exact,
-        raw=spec.raw and last,
-        encoding=spec.encoding if last else None,
-        checkpoint_seconds=checkpoint_seconds,
-        bare=spec.bare,
-    )
 
 
 def outcome_of(record: JobRecord) -> Outcome:

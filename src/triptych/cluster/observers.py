@@ -51,20 +51,32 @@ class Observer:
 
 
 class Observers:
-    """Several of them as one. One that fails is told of in the log; what is observed goes on."""
+    """Several of them as one. What happens is noted, and they hear of it in `tell`, so that no worker waits for them.
+    One that fails is told of in the log; what is observed goes on."""
 
     def __init__(self, each: Iterable[Observer]) -> None:
         kept = tuple(each)
-        self.assigned = _fan([one.assigned for one in kept])
-        self.unit = _fan([one.unit for one in kept])
-        self.done = _fan([one.done for one in kept])
-        self.failed = _fan([one.failed for one in kept])
-        self.kept = _fan([one.kept for one in kept])
-        self.came = _fan([one.came for one in kept])
-        self.went = _fan([one.went for one in kept])
-        self.ended = _fan([one.ended for one in kept])
+        self._noted: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self.assigned = self._note([one.assigned for one in kept])
+        self.unit = self._note([one.unit for one in kept])
+        self.done = self._note([one.done for one in kept])
+        self.failed = self._note([one.failed for one in kept])
+        self.kept = self._note([one.kept for one in kept])
+        self.came = self._note([one.came for one in kept])
+        self.went = self._note([one.went for one in kept])
+        self.ended = self._note([one.ended for one in kept])
         self.flush = _fan([one.flush for one in kept])
         self.close = _fan([one.close for one in kept])
+
+    def tell(self) -> None:
+        """Tells what was noted, in order; with the coordinator's lock held."""
+        noted, self._noted = self._noted, []
+        for tell, args in noted:
+            tell(*args)
+
+    def _note(self, calls: list[Callable[..., None]]) -> Callable[..., None]:
+        tell = _fan(calls)
+        return lambda *args: self._noted.append((tell, args))
 
 
 def _fan(calls: list[Callable[..., None]]) -> Callable[..., None]:

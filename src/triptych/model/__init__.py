@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from triptych.model.contract import Pause, StageProgram, Step, TaskInputs, TaskOutputs
+    from triptych.model.contract import LateInputs, Pause, StageProgram, Step, TaskInputs, TaskOutputs
     from triptych.model.course import CHECKPOINT, CHECKPOINT_VALUES, check_checkpoint
     from triptych.model.crossings import SAMPLE_PROMPT, BoundaryTensor, boundary
     from triptych.model.description import describe
@@ -50,7 +50,7 @@ _HOMES = {
     "load": ("Components", "Placement", "load_component", "meta_component"),
     "infos": ("component_infos",),
     "open": ("embedded_models", "open_model"),
-    "contract": ("Pause", "StageProgram", "Step", "TaskInputs", "TaskOutputs"),
+    "contract": ("LateInputs", "Pause", "StageProgram", "Step", "TaskInputs", "TaskOutputs"),
     "course": ("CHECKPOINT", "CHECKPOINT_VALUES", "check_checkpoint"),
     "programs": ("program", "unsplit"),
     "topology": (
@@ -81,6 +81,7 @@ __all__ = [
     "Defaults",
     "Extent",
     "InputInfo",
+    "LateInputs",
     "Pause",
     "Placement",
     "Port",

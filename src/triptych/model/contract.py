@@ -56,6 +56,30 @@ class TaskInputs:
     checkpoint: dict[str, Any] | None = None
 
 
+class LateInputs(TaskInputs):
+    """Those of a task that is begun before earlier stages' values have come. Who reads `values` or `tags` waits in
+    `wait`, which returns once both were set."""
+
+    def __init__(
+        self,
+        fields: dict[str, Any],
+        guidance_scale: float | None,
+        generator: torch.Generator,
+        shift: float | None,
+        wait: Callable[[], None],
+    ) -> None:
+        super().__init__(fields, guidance_scale, generator, shift=shift)
+        del self.values, self.tags
+        self._wait = wait
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for what is not there."""
+        if name not in ("values", "tags"):
+            raise AttributeError(name)
+        self._wait()
+        return vars(self)[name]
+
+
 @dataclass
 class TaskOutputs:
     """What crosses to later stages: tensors, lists of them, JSON values. From decode: `images` (batch, channels,

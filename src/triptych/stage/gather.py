@@ -39,6 +39,10 @@ class Parked:
     call: Call
 
 
+class Waiting:
+    """A task waits for what only its driver can give it."""
+
+
 class ModeChanged(AssertionError):
     """A task came back with torch in another mode than it went with: the next task would run wrong."""
 
@@ -92,8 +96,15 @@ class Gather:
         """A task that will run `run`, once it is begun."""
         return TaskGreenlet(run)
 
-    def begin(self, task: TaskGreenlet) -> Parked | Any:
-        """Runs a new task until it parks (Parked) or ends (what it returned). Raises what it raised."""
+    @staticmethod
+    def wait() -> None:
+        """Called by a task: parks it (Waiting) until it is resumed."""
+        task = greenlet.getcurrent()
+        assert isinstance(task, TaskGreenlet) and task.parent is not None, "only a task can wait"
+        task.parent.switch(Waiting())
+
+    def begin(self, task: TaskGreenlet) -> Parked | Waiting | Any:
+        """Runs a new task until it parks or ends (what it returned). Raises what it raised."""
         return self._switch(task, task.switch)
 
     def resume(self, task: TaskGreenlet, value: Any) -> Parked | Any:

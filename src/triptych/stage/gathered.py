@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import time
@@ -17,6 +18,7 @@ from triptych.model import (
     CHECKPOINT,
     CHECKPOINT_VALUES,
     Components,
+    LateInputs,
     Pause,
     Placement,
     StageName,
@@ -28,7 +30,7 @@ from triptych.model import (
 )
 from triptych.stage.arrivals import check_head
 from triptych.stage.caches import Caches, Freed
-from triptych.stage.gather import Call, Gather, Parked, TaskGreenlet
+from triptych.stage.gather import Call, Gather, Parked, TaskGreenlet, Waiting
 from triptych.stage.health import first_bad_weight, is_finite, peak_bytes, reset_peak
 from triptych.stage.protocol import (
     Admitted,
@@ -54,13 +56,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Live:
-    """A task that was admitted: its greenlet, the call it is parked at (None: not started), what it has done."""
+    """A task that was admitted or is expected: its greenlet, the call it is parked at, what it has done."""
 
     task: StageTask
     inputs: TaskInputs
     greenlet: TaskGreenlet | None = None
     call: Call | None = None
     began: float = 0.0
+    started: bool = False
+    """whether it has begun with what it needs being there"""
     steps: int = 0
     checked: set[str] = field(default_factory=set)
     kept: float = 0.0
@@ -104,6 +108,8 @@ class GatherStage:
         self._capacity = capacity
         self._gather = Gather({})
         self._live: dict[JobId, Live] = {}
+        self._expected: dict[JobId, Live] = {}
+        """begun, and waiting for their inputs"""
         self._events: list[StageEvent] = []
         self._loaded = False
 
@@ -125,6 +131,34 @@ class GatherStage:
         size = sum(infos[name].bytes for name in names if name in infos)
         return StageInfo(size, self._capacity)
 
+    def expect(self, task: StageTask) -> None:
+        """Begins a task, up to where it needs what is not here yet; `admit` goes on with it. Of as many as the stage
+        takes at once, the newest stay. What goes wrong here goes wrong again, and is told, when the task has come."""
+        if not self._loaded or task.job in self._live:
+            return
+        self._give_up(task.job)
+        if len(self._expected) >= self._capacity:
+            self._give_up(next(iter(self._expected)))
+        live = Live(task, LateInputs(*self._given(task), wait=self._gather.wait))
+        with contextlib.suppress(Exception):
+            if isinstance(self._gather.begin(self._make(live)), Waiting):
+                self._expected[task.job] = live
+
+    def _give_up(self, job: JobId) -> None:
+        if (live := self._expected.pop(job, None)) is not None:
+            self._throw_out(live)
+
+    def _begun(self, task: StageTask) -> Live | None:
+        """What was begun of just this task, now with its inputs."""
+        live = self._expected.get(task.job)
+        if live is None or dataclasses.replace(task, payload=None, attempt=live.task.attempt) != live.task:
+            self._give_up(task.job)
+            return None
+        del self._expected[task.job]
+        live.task = task
+        self._fill(live.inputs, task)
+        return live
+
     def admit(self, task: StageTask) -> Admitted | Full | Refused:
         """Takes a task if there is room and what it brings is what the topology declares."""
         if not self._loaded:
@@ -141,7 +175,7 @@ class GatherStage:
             self._check_checkpoint(task.checkpoint)
         except WrongPayload as error:
             return Refused(error)
-        self._live[task.job] = Live(task, self._inputs(task))
+        self._live[task.job] = self._begun(task) or Live(task, self._inputs(task))
         return Admitted()
 
     def _check(self, payload: Payload | None) -> None:
@@ -178,20 +212,29 @@ class GatherStage:
         check_head(header, CHECKPOINT_VALUES, f"a checkpoint of stage {self.name}")
 
     def _inputs(self, task: StageTask) -> TaskInputs:
-        # On the CPU whatever the device, so that a seed means the same picture everywhere.
-        generator = torch.Generator("cpu").manual_seed(task.seed)
-        inputs = TaskInputs(dict(task.fields), task.guidance_scale, generator, shift=task.shift)
-        if task.payload is not None:
-            inputs.values = dict(task.payload.values)
-            inputs.tags = {name: list(values) for name, values in task.payload.tags.items()}
+        fields, scale, generator, shift = self._given(task)
+        inputs = TaskInputs(fields, scale, generator, shift=shift)
+        self._fill(inputs, task)
         if task.checkpoint is not None:
             inputs.checkpoint = dict(task.checkpoint.values)
         return inputs
 
+    @staticmethod
+    def _given(task: StageTask) -> tuple[dict[str, Any], float | None, torch.Generator, float | None]:
+        # On the CPU whatever the device, so that a seed means the same picture everywhere.
+        generator = torch.Generator("cpu").manual_seed(task.seed)
+        return dict(task.fields), task.guidance_scale, generator, task.shift
+
+    @staticmethod
+    def _fill(inputs: TaskInputs, task: StageTask) -> None:
+        payload = task.payload or Payload({})
+        inputs.values = dict(payload.values)
+        inputs.tags = {name: list(values) for name, values in payload.tags.items()}
+
     def step(self) -> list[StageEvent]:
         """Starts what is new, then runs one group of parked calls and resumes its tasks."""
         for live in list(self._live.values()):
-            if live.greenlet is None:
+            if not live.started:
                 self._start(live)
         group = self._choose()
         for live in group:
@@ -209,13 +252,19 @@ class GatherStage:
         return [next(iter(self._live.values()))] if self._live else []
 
     def _start(self, live: Live) -> None:
-        live.began = time.perf_counter()
+        live.began, live.started = time.perf_counter(), True
         reset_peak(self._placement.device)
+        expected = live.greenlet is not None
+        if not expected:
+            self._make(live)
+        with live.working():
+            self._advance(live, lambda task: self._gather.resume(task, None) if expected else self._gather.begin(task))
+
+    def _make(self, live: Live) -> TaskGreenlet:
         live.greenlet = self._gather.start(lambda: self._body(live))
         if live.task.checkpoint_seconds is not None:
             live.inputs.keep = lambda pause: self._on_pause(live, pause)
-        with live.working():
-            self._advance(live, lambda task: self._gather.begin(task))
+        return live.greenlet
 
     def _body(self, live: Live) -> TaskOutputs:
         if live.task.bare is not None:
@@ -337,8 +386,12 @@ class GatherStage:
     def cancel(self, job: JobId) -> None:
         """Drops a task before its next unit; its pipeline code sees Cancelled, so that it cleans up. What it does
         beyond that is lost."""
-        live = self._live.pop(job, None)
-        if live is not None and live.greenlet is not None:
+        self._give_up(job)
+        if (live := self._live.pop(job, None)) is not None:
+            self._throw_out(live)
+
+    def _throw_out(self, live: Live) -> None:
+        if live.greenlet is not None:
             with contextlib.suppress(Exception):
                 self._gather.fail(live.greenlet, Cancelled("cancelled"))
 
@@ -350,7 +403,7 @@ class GatherStage:
 
     def close(self) -> None:
         """Drops all tasks. The weights go with the stage and the components that it was given."""
-        for job in list(self._live):
+        for job in [*self._live, *self._expected]:
             self.cancel(job)
         self._gather = Gather({})
         self._loaded = False

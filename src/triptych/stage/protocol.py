@@ -150,6 +150,11 @@ class Stage(Protocol):
         """Loads only this stage's weights. Raises LoadError."""
         ...
 
+    def expect(self, task: StageTask) -> None:
+        """Prepares for a task that will come without a checkpoint, its payload not made yet, as far as that goes
+        without; `cancel` undoes it. Only to be faster: raises nothing, and may do nothing."""
+        ...
+
     def admit(self, task: StageTask) -> Admitted | Full | Refused:
         """Takes a task, never blocks."""
         ...

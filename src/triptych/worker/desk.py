@@ -14,7 +14,7 @@ from triptych.request import StageName
 from triptych.stage import Admitted, Checkpoint, Failed, Full, Output, Stage, StageEvent, StepDone
 from triptych.transfer import tensors_in
 from triptych.worker.health import Pulse
-from triptych.worker.inputs import Brought, Hands, InputFailed, Inputs
+from triptych.worker.inputs import Brought, Hands, InputFailed, Inputs, stage_task
 from triptych.worker.outbox import Outbox
 from triptych.worker.outputs import as_files, failed, picture
 from triptych.worker.previews import Previews
@@ -78,6 +78,7 @@ class Desk:
         self._tell = tell
         self._hands = Hands(FETCHERS, "triptych-inputs")
         self._held: dict[StageName, dict[str, Held]] = {name: {} for name in stages}
+        self._expected: dict[str, StageName] = {}
         names: list[StageName] = list(stages)
         self._backwards = names[::-1]
 
@@ -122,6 +123,8 @@ class Desk:
         if len(tasks) >= most:
             return self._refuse(held, TriptychError(f"stage {task.stage} was sent more than {most} tasks at once"))
         tasks[task.job] = held
+        if self._expected.get(task.job) == task.stage:
+            del self._expected[task.job]  # its stage goes on with what it has of it
         if held.at_hand:
             self.arrive(Arrived(held, self._bring(held)))
         return None
@@ -142,13 +145,35 @@ class Desk:
         for tasks in self._held.values():
             if job in tasks:
                 self._end(tasks[job])
+        self._expect_no_more(job)
         self._outbox.drop(job)
+
+    def expect(self, task: Task) -> None:
+        """Prepares for a task that will come, if there is nothing else to do."""
+        if task.stage not in self._stages or not self.empty:
+            return
+        self._expected[task.job] = task.stage
+        self._pulse.unit = (task.job, task.stage, time.monotonic())
+        try:
+            self._stages[task.stage].expect(stage_task(task))
+        finally:
+            self._pulse.unit = None
+
+    def expect_nothing(self) -> None:
+        """Undoes all such preparations."""
+        for job in list(self._expected):
+            self._expect_no_more(job)
+
+    def _expect_no_more(self, job: str) -> None:
+        if (name := self._expected.pop(job, None)) is not None:
+            self._stages[name].cancel(job)
 
     def drop_all(self) -> None:
         """Ends every task; nothing more is said of any."""
         for tasks in self._held.values():
             for held in list(tasks.values()):
                 self._end(held)
+        self.expect_nothing()
         self._outbox.drop()
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from triptych.messages import (
     Cancel,
     Drain,
     Draining,
+    Expect,
     Flush,
     FromWorker,
     Goodbye,
@@ -310,6 +311,8 @@ class Worker:
             case Run():  # it came early
                 self._desk.give(order.task)
                 self._release(order.released)
+            case Expect() if self._leave_by is None:
+                self._desk.expect(order.task)
             case Cancel():
                 self._desk.drop(order.job)
             case Prove():
@@ -340,6 +343,7 @@ class Worker:
     def _welcome_again(self, welcome: Welcome) -> None:
         assert self._ready is not None
         self._pulse.seconds = welcome.heartbeat_seconds
+        self._desk.expect_nothing()
         if self._leave_by is not None:
             self._say(Draining())
         self._say_ready(msgspec.structs.replace(self._ready, kept=tuple(sorted(self._outbox.names()))))

@@ -16,6 +16,7 @@ __all__ = [
     "Drop",
     "Ended",
     "Fetch",
+    "Foretell",
     "GiveMap",
     "Let",
     "Persist",
@@ -33,6 +34,15 @@ class Assign:
     attempt: int
     waited: float
     """seconds in the queue"""
+
+
+@dataclass(frozen=True, slots=True)
+class Foretell:
+    """Tell a worker that a job will probably come to it with this stage, which follows on its current one."""
+
+    worker: str
+    job: str
+    stage: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,4 +128,4 @@ class Ended:
     record: JobRecord
 
 
-Action = Assign | CancelAt | Let | Ask | GiveMap | Dismiss | Fetch | Drop | Persist | WriteTask | Ended
+Action = Assign | Foretell | CancelAt | Let | Ask | GiveMap | Dismiss | Fetch | Drop | Persist | WriteTask | Ended

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from triptych.cluster.jobs import JobRecord, JobState, snapshot
 from triptych.cluster.limits import Limits
-from triptych.cluster.scheduling.actions import Action, Assign, CancelAt, Drop, Ended, Persist
+from triptych.cluster.scheduling.actions import Action, Assign, CancelAt, Drop, Ended, Foretell, Persist
 from triptych.cluster.scheduling.fleet import Fleet, StageTally
 from triptych.cluster.scheduling.ledger import Ledger
 from triptych.cluster.scheduling.live import Live, Member
@@ -106,7 +106,28 @@ class Board:
         live.waited, live.since, live.unit_end = now - live.since, now, 0.0
         member.take(live, stage, now)
         self._running[stage] += 1
+        if live.foretold is not None and live.foretold != (member.id, record.stage):
+            self._retract(live)
+        live.foretold = None
         self._out.append(Assign(member.id, live.id, record.stage, attempt, live.waited))
+        self._foretell(live, member)
+
+    def _foretell(self, live: Live, member: Member) -> None:
+        """Tells a worker of the next stage what will come to it, if it has nothing to do: its preparations then take
+        none of the job's time. Not of a suspect, nor of what has more to bring than the output of `member`."""
+        record, following, index = live.record, live.next, live.record.stage + 1
+        if following is None or following in member.hello.stages or record.alone or live.stages[index].pictures:
+            return
+        if record.checkpoint is not None and record.checkpoint_stage == index:
+            return
+        if idle := self.fleet.idle(following, member):
+            live.foretold = idle.id, index
+            self._out.append(Foretell(idle.id, live.id, index))
+
+    def _retract(self, live: Live) -> None:
+        if live.foretold is not None:
+            self._out.append(CancelAt(live.foretold[0], live.id))
+            live.foretold = None
 
     def _begin(self, live: Live) -> None:
         record = live.record
@@ -196,6 +217,7 @@ class Board:
         for descriptor in live.held():
             self._ledger.release(descriptor)
         record.inputs = [None] * len(record.inputs)
+        self._retract(live)
         del self.jobs[live.id]
         self._shares.leave(live.client)
         self._out.append(Persist(snapshot(record)))

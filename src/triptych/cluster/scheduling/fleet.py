@@ -188,6 +188,15 @@ class Fleet:
         able = [member for member in members if member.has_room(stage) and not member.taken]
         return min(able, key=lambda member: _fitness(member, stage, at), default=None)
 
+    def idle(self, stage: StageName, at: Member) -> Member | None:
+        """The worker that has nothing to do and would get a task of this stage whose input lies at `at`."""
+        able = [
+            member
+            for member in self.with_stage(stage)
+            if member.accepts and member.credits.get(stage) and not member.running
+        ]
+        return min(able, key=lambda member: _fitness(member, stage, at.hello.owner), default=None)
+
     def measure(self, member: Member, stage: StageName, seconds: float, spec: JobSpec) -> None:
         """A unit took so long."""
         self._measures.add((stage, _kind(member), spec.bare), seconds, spec.work)

@@ -238,8 +238,8 @@ class Scheduler(Setbacks):
         record.alone, record.deaths_alone = False, 0
         self._pass_on(live, message.descriptor)
         self._arrive(live)
-        self._out.append(Persist(snapshot(record)))
         self._assign()
+        self._out.append(Persist(snapshot(record)))  # the next task goes first: a crash in between costs a retry
 
     def failed(self, worker: str, message: Failed) -> None:
         """A task has ended badly."""
