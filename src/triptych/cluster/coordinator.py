@@ -361,6 +361,12 @@ class Coordinator:
             self._changed.wait_for(lambda: self._closed or not self._scheduler.jobs, timeout)
             return not self._scheduler.jobs
 
+    def free_bytes(self) -> int | None:
+        """What the workers say is free, where it is least; None while nobody knows."""
+        with self._lock:
+            beats = [member.heartbeat for member in self._scheduler.fleet]
+        return min((beat.free_bytes for beat in beats if beat is not None and beat.free_bytes), default=None)
+
     def status(self) -> Status:
         """What the cluster looks like now."""
         with self._lock:

@@ -164,7 +164,7 @@ class Effects:
 
     def _foretell(self, action: Foretell) -> None:
         live = self._scheduler.jobs.get(action.job)
-        if live is not None and live.foretold == (action.worker, action.stage):
+        if live is not None and live.foretold.get(action.stage) == action.worker:
             attempt = live.record.attempts[action.stage] + 1
             self.send(action.worker, Expect(task=self._unticketed(live.record, action.stage, attempt)))
 

@@ -176,8 +176,7 @@ class Processes:
 
     def free_bytes(self) -> int | None:
         """What the workers say is free, where it is least."""
-        free = [worker.free_bytes for worker in self._coordinator.status().workers if worker.free_bytes]
-        return min(free, default=None)
+        return self._coordinator.free_bytes()
 
     def stop(self) -> None:
         """Ends every process that was started here."""

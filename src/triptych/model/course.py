@@ -125,7 +125,7 @@ class Course:
     def around(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         """`real`, or what stands in for it, its answers' shapes noted under `name`. An answer that is no data ends the
         checkpoints; Unsupported is raised if its shape is to cross."""
-        blank = self._blanks.around(name, real)
+        blank = real if self._point is None else self._blanks.around(name, real)
 
         @functools.wraps(real)
         def answer(*args: Any, **kwargs: Any) -> Any:

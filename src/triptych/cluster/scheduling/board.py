@@ -106,28 +106,30 @@ class Board:
         live.waited, live.since, live.unit_end = now - live.since, now, 0.0
         member.take(live, stage, now)
         self._running[stage] += 1
-        if live.foretold is not None and live.foretold != (member.id, record.stage):
-            self._retract(live)
-        live.foretold = None
+        if live.foretold.get(record.stage) == member.id:
+            del live.foretold[record.stage]
+        self._retract(live, up_to=record.stage)
         self._out.append(Assign(member.id, live.id, record.stage, attempt, live.waited))
         self._foretell(live, member)
 
     def _foretell(self, live: Live, member: Member) -> None:
-        """Tells a worker of the next stage what will come to it, if it has nothing to do: its preparations then take
-        none of the job's time. Not of a suspect, nor of what has more to bring than the output of `member`."""
-        record, following, index = live.record, live.next, live.record.stage + 1
-        if following is None or following in member.hello.stages or record.alone or live.stages[index].pictures:
-            return
-        if record.checkpoint is not None and record.checkpoint_stage == index:
-            return
-        if idle := self.fleet.idle(following, member):
-            live.foretold = idle.id, index
-            self._out.append(Foretell(idle.id, live.id, index))
+        """Tells workers of the stages that follow what will come to them, if they have nothing to do: their
+        preparations then take none of the job's time. Nothing of a suspect, nor of a stage that has more to bring than
+        the output of the one before."""
+        record = live.record
+        for index in range(record.stage + 1, len(live.stages)):
+            part = live.stages[index]
+            resumes = record.checkpoint is not None and record.checkpoint_stage == index
+            if record.alone or part.pictures or resumes or index in live.foretold or part.stage in member.hello.stages:
+                continue
+            if idle := self.fleet.idle(part.stage, member):
+                live.foretold[index], member = idle.id, idle
+                self._out.append(Foretell(idle.id, live.id, index))
 
-    def _retract(self, live: Live) -> None:
-        if live.foretold is not None:
-            self._out.append(CancelAt(live.foretold[0], live.id))
-            live.foretold = None
+    def _retract(self, live: Live, up_to: int) -> None:
+        """A stage up to that one is not to be expected any more where it was foretold."""
+        for index in [index for index in live.foretold if index <= up_to]:
+            self._out.append(CancelAt(live.foretold.pop(index), live.id))
 
     def _begin(self, live: Live) -> None:
         record = live.record
@@ -217,7 +219,7 @@ class Board:
         for descriptor in live.held():
             self._ledger.release(descriptor)
         record.inputs = [None] * len(record.inputs)
-        self._retract(live)
+        self._retract(live, up_to=len(live.stages))
         del self.jobs[live.id]
         self._shares.leave(live.client)
         self._out.append(Persist(snapshot(record)))

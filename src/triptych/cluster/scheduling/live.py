@@ -44,8 +44,8 @@ class Live:
     """which of how many units of its present task that was"""
     told: tuple[int, int] = (-1, 0)
     """stage and step of the last progress told, so that nothing is told twice"""
-    foretold: tuple[str, int] | None = None
-    """the worker that expects it, and with which stage"""
+    foretold: dict[int, str] = field(default_factory=dict)
+    """by stage that is still to come: the worker that expects it"""
     avoid: set[str] = field(default_factory=set)
     """workers where it failed by its own error"""
     errors: Counter[int] = field(default_factory=Counter)
