@@ -1,10 +1,9 @@
 """What it costs to be split, and what a split keeps of its slowest stage: per request, and with many in flight.
 
-Latency: requests through a fused and a split Engine in turns, each stage with one thread, wherever the system puts it;
-beside that with the stages of either on one and the same processor, where openings differ far less. Throughput: so many
-in flight through worker processes, beside the slowest stage driven alone, back to back, by the same number of threads
-on the same processors; both in turns, the median of the turns' ratios. Once with stages that only wait, and with real
-ones.
+Latency: requests through a fused and a split Engine in turns, each stage with one thread, wherever the system puts it.
+Throughput: so many in flight through worker processes, beside the slowest stage driven alone, back to back, by the same
+number of threads on the same processors; both in turns, the median of the turns' ratios. Once with stages that only
+wait, and with real ones.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,10 @@ from benchmarks.rates import completions, rate_of  # noqa: E402
 from benchmarks.stage_alone import StageAlone  # noqa: E402
 from triptych import Engine, Request, Result  # noqa: E402
 from triptych.config import Layout, WorkerPlan  # noqa: E402
+from triptych.engine.opening import HUGE_PAGES  # noqa: E402
 from triptych.worker.opening import keep_memory, settle  # noqa: E402
 
-TURNS = 30
-FREE = " (wherever)"
+TURNS = 50
 LATENCY_LIMIT, WAITING_LIMIT, REAL_LIMIT = 4.0, 0.97, 0.9
 WAITS = (0.010, 0.050, 0.010)
 CLIENTS = 8
@@ -121,35 +120,27 @@ def asking(engine: Engine, fields: dict[str, Any]) -> Callable[[], Result]:
 
 def latency_rows(case: Case, openings: int) -> list[Row]:
     """Fused and split engines in turns, opened anew a few times."""
-    taken: dict[str, list[float]] = {name: [] for name in _layouts()}
-    outside: dict[str, list[float]] = {name: [] for name in taken}
+    taken: dict[str, list[float]] = {"fused": [], "split": []}
+    outside: dict[str, list[float]] = {"fused": [], "split": []}
     equal = True
     for _ in range(openings):
         equal &= _take_turns(case, taken, outside)
-    what = f"{case.name}, {case.few} steps, on one processor"
-    free = f"{case.name}, {case.few} steps, wherever"
+    what = f"{case.name}, {case.few} steps"
     more = "a request split takes more than fused"
+    beyond = _more(taken)
     return [
         Row(f"{case.name}: pictures of split and fused", "equal" if equal else "differ", "bit for bit", equal),
-        Row.at_most(f"{what}: {more}", 1000 * _more(taken, ""), LATENCY_LIMIT, "ms", 2),
-        Row(f"{what}: {more}, by opening", _spread(_beyond(taken["split"], taken["fused"]))),
-        Row(f"{what}: {more}, outside of its stages", f"{1000 * _more(outside, ''):.2f} ms"),
-        Row.at_most(f"{free}: {more}", 1000 * _more(taken, FREE), LATENCY_LIMIT, "ms", 2),
-        Row(f"{free}: {more}, by opening", _spread(_beyond(taken["split" + FREE], taken["fused" + FREE]))),
-        Row(f"{free}: {more}, outside of its stages", f"{1000 * _more(outside, FREE):.2f} ms"),
-        Row(f"{case.name}, {case.few} steps: a request", _medians(taken, 1)),
-        Row(f"{case.name}, {case.few} steps: outside of its stages", _medians(outside, 2)),
+        Row.at_most(f"{what}: {more}", 1000 * statistics.median(beyond), LATENCY_LIMIT, "ms", 2),
+        Row(f"{what}: {more}, by opening", _spread(beyond)),
+        Row(f"{what}: {more}, outside of its stages", f"{1000 * statistics.median(_more(outside)):.2f} ms"),
+        Row(f"{what}: a request", _medians(taken, 1)),
+        Row(f"{what}: outside of its stages", _medians(outside, 2)),
     ]
 
 
-def _more(seconds: dict[str, list[float]], where: str) -> float:
-    """Of split than of fused, at the median of the turns."""
-    return statistics.median(_beyond(seconds["split" + where], seconds["fused" + where]))
-
-
-def _beyond(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
-    """By how many seconds the one is longer than the other, turn by turn."""
-    return list(map(operator.sub, seconds, others))
+def _more(seconds: dict[str, list[float]]) -> list[float]:
+    """By how many seconds split is longer than fused, turn by turn."""
+    return list(map(operator.sub, seconds["split"], seconds["fused"]))
 
 
 def _spread(more: list[float]) -> str:
@@ -168,10 +159,11 @@ def _take_turns(case: Case, taken: dict[str, list[float]], outside: dict[str, li
     and the less time lies between those that are compared, the less of it. Whether fused and split give equal
     pictures."""
     fields = case.request(case.few)
+    layouts = {"fused": Layout.fused().overridden(threads=1), "split": Layout.split().overridden(threads=1)}
     with contextlib.ExitStack() as stack:
         engines = {
             name: asking(stack.enter_context(Engine.open(case.folder, layout=layout, device="cpu")), fields)
-            for name, layout in _layouts().items()
+            for name, layout in layouts.items()
         }
         made = {name: run() for name, run in engines.items()}
         settle()  # as worker processes do
@@ -185,16 +177,6 @@ def _take_turns(case: Case, taken: dict[str, list[float]], outside: dict[str, li
                 taken[name].append(whole)
                 outside[name].append(rest)
     return all(bool((pictures_in(made["fused"]) == pictures_in(one)).all()) for one in made.values())
-
-
-def _layouts() -> dict[str, Layout]:
-    """Fused and split, with the stages on one processor and wherever the system puts them."""
-    _, cpus = pinned()
-    found = {}
-    for where, on in (("", cpus), (FREE, None)):
-        found["fused" + where] = Layout(name="fused", workers=(WorkerPlan(stages=("all",), threads=1, cpus=on),))
-        found["split" + where] = Layout(name="split", workers=(WorkerPlan(stages=("each",), threads=1, cpus=on),))
-    return found
 
 
 def _timed(run: Callable[[], Result]) -> tuple[float, float]:
@@ -254,7 +236,7 @@ def main() -> int:
     """Runs all of it; 1 if a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each throughput (default 5)")
-    parser.add_argument("--openings", type=int, default=6, help="of the engines whose latency is compared (default 6)")
+    parser.add_argument("--openings", type=int, default=10, help="of the engines in the latency (default 10)")
     parser.add_argument("--count", type=int, default=60, help="requests per turn (default 60)")
     parser.add_argument("--parts", nargs="+", default=["latency", "throughput"], choices=["latency", "throughput"])
     parser.add_argument("--only", help="`waiting`, or the cases whose name begins with this")
@@ -262,8 +244,10 @@ def main() -> int:
     options = parser.parse_args()
     if options.count < CLIENTS + 2:
         parser.error(f"--count must be at least {CLIENTS + 2}: a rate is of what ends after all clients have begun")
+    if not os.environ.keys() >= HUGE_PAGES.keys():  # fused and diffusers run in this process: as in those of workers
+        os.execve(sys.executable, sys.orig_argv, HUGE_PAGES | os.environ)
     torch.set_num_threads(1)
-    keep_memory()  # as worker processes do
+    keep_memory()
     return report("layout", list(rows(options)), options.save)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import msgspec
 import pytest
 
 from tests.cluster.toy import STAGES, ToyCluster
-from triptych.cluster import Limits
+from triptych.cluster import Limits, Observer
 from triptych.errors import InvalidRequest, NoWorker, QueueFull
 from triptych.messages import Cancel, Checkpointed, Ready, Release, Run, SetPreview, TaskDone
 
@@ -26,6 +28,107 @@ def test_a_job_goes_through_its_stages_and_nothing_is_kept() -> None:
     assert cluster.leaks() == []
     record = cluster.coordinator.job("a")
     assert record is not None and [stage.stage for stage in record.finished] == list(STAGES)
+
+
+def test_an_idle_worker_is_told_what_will_come_to_it() -> None:
+    cluster = ToyCluster()
+    encode, denoise, decode = (cluster.worker(stage) for stage in STAGES)
+    cluster.submit("a")
+    foretold = denoise.expected["a"]
+    assert foretold.stage == "denoise" and foretold.payload is None
+    encode.done("a")
+    assert not denoise.expected
+    given = msgspec.structs.replace(denoise.held["a"], payload=None)
+    assert given == foretold, "but for its input, the very task"
+    assert not decode.expected, "there is time"
+    for step in (1, 2, 3):
+        denoise.step("a", step)
+        assert list(decode.expected) == ["a"]
+    denoise.done("a")
+    assert not decode.expected and list(decode.held) == ["a"]
+    decode.done("a")
+    assert not any(isinstance(message, Cancel) for worker in cluster.workers for message in worker.told_of)
+
+
+def test_what_comes_to_another_after_all_is_to_be_expected_no_more() -> None:
+    cluster = ToyCluster()
+    encode, denoise = cluster.worker("encode"), cluster.worker("denoise", credits=1)
+    cluster.submit("a")
+    cluster.submit("b")
+    assert list(denoise.expected) == ["a", "b"]
+    encode.done("b")  # the only credit is b's now
+    assert list(denoise.held) == ["b"] and list(denoise.expected) == ["a"]
+    other = cluster.worker("denoise")
+    encode.done("a")
+    assert list(other.held) == ["a"] and not denoise.expected and list(denoise.held) == ["b"]
+    cluster.worker("decode")
+    cluster.finish()
+    assert cluster.leaks() == []
+
+
+@pytest.mark.parametrize("how", ["cancel", "fail", "deadline"])
+def test_of_a_job_that_has_ended_nothing_is_expected(how: str) -> None:
+    cluster = ToyCluster()
+    encode, denoise, _ = (cluster.worker(stage) for stage in STAGES)
+    cluster.submit("a", deadline=5.0)
+    assert denoise.expected
+    if how == "cancel":
+        cluster.coordinator.cancel("a")
+    elif how == "fail":
+        encode.fail("a", "invalid_request")
+    else:
+        cluster.pass_time(6.0)
+    assert not denoise.expected and cluster.leaks() == []
+
+
+def test_nothing_is_foretold_to_the_busy_or_to_the_worker_itself() -> None:
+    cluster = ToyCluster()
+    first, decode = cluster.worker("encode", "denoise"), cluster.worker("decode")
+    cluster.submit("a")
+    assert not first.expected, "it goes on where it is, most likely"
+    first.done("a")
+    first.done("a")
+    cluster.submit("b")
+    first.done("b")
+    first.step("b")
+    assert list(decode.held) == ["a"] and not decode.expected, "who is at work is not disturbed"
+    decode.done("a")
+    first.step("b", 2)
+    assert list(decode.expected) == ["b"]
+
+
+def test_nothing_of_a_suspect_is_begun_elsewhere() -> None:
+    cluster = ToyCluster()
+    encode, denoise, decode = (cluster.worker(stage) for stage in STAGES)
+    cluster.submit("a")
+    encode.done("a")
+    denoise.die()
+    again = cluster.worker("denoise")
+    again.step("a")
+    assert again.attempt("a") == 2 and not decode.expected, "it may have killed a worker"
+    again.done("a")
+    assert list(decode.held) == ["a"]
+
+
+def test_the_next_task_is_out_before_the_store_and_observers_hear_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Noting(Observer):
+        def done(self, worker: str, message: TaskDone, began: float, now: float) -> None:
+            told.append(f"{message.stage} observed")
+
+        def assigned(self, spec: Any, stage: str, attempt: int, worker: str, waited: float, now: float) -> None:
+            told.append(f"{stage} observed to begin")
+
+    cluster = ToyCluster(observers=[Noting()])
+    encode, denoise, _ = (cluster.worker(stage) for stage in STAGES)
+    cluster.submit("a")
+    put, hear = cluster.store.put, denoise.told
+    monkeypatch.setattr(cluster.store, "put", lambda record: (told.append("stored"), put(record)))
+    monkeypatch.setattr(denoise, "told", lambda *what: (told.append("given"), hear(*what)))
+    told.clear()
+    encode.done("a")
+    assert told == ["given", "stored", "encode observed", "denoise observed to begin"]
 
 
 def test_an_input_is_kept_until_the_next_stage_has_answered() -> None:

@@ -18,6 +18,7 @@ from triptych.messages import (
     Cancel,
     Checkpointed,
     Descriptor,
+    Expect,
     Failed,
     FromWorker,
     Goodbye,
@@ -33,6 +34,7 @@ from triptych.messages import (
     Task,
     TaskDone,
     ToWorker,
+    Welcome,
     ticket_is_good,
 )
 from triptych.request import StageName
@@ -85,6 +87,7 @@ class ToyWorker:
     """nothing it says is heard, and it hears nothing"""
     incarnation: str = ""
     held: dict[str, Task] = field(default_factory=dict)
+    expected: dict[str, Task] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)
     released: set[str] = field(default_factory=set)
     unheard: list[FromWorker] = field(default_factory=list)
@@ -135,8 +138,14 @@ class ToyWorker:
                 self.cluster.check_task(self, task)
                 assert task.job not in self.held, f"{task.job} given twice"
                 self.held[task.job] = task
+                self.expected.pop(task.job, None)
+            case Expect(task=task):
+                assert task.stage in self.stages and not self.held, f"{task.job} foretold to {self.name}"
+                assert task.job not in self.expected, f"{task.job} foretold twice"
+                self.expected[task.job] = task
             case Cancel(job=job):
                 self.held.pop(job, None)
+                self.expected.pop(job, None)
             case Release(payloads=payloads):
                 self._let_go(payloads)
             case Prove():
@@ -144,6 +153,9 @@ class ToyWorker:
             case Refused():
                 self.refused = message
                 self.held.clear()
+                self.expected.clear()
+            case Welcome():
+                self.expected.clear()
             case _:
                 pass
 
@@ -201,6 +213,7 @@ class ToyWorker:
         """Its process ends, and somebody may notice."""
         self.alive = False
         self.held.clear()
+        self.expected.clear()
         self.kept.clear()
         if notice:
             self.cluster.coordinator.left(self.incarnation, "killed")
@@ -371,6 +384,7 @@ class ToyCluster:
         status = self.coordinator.status()
         payloads = [payload for worker in self.workers if worker.alive for payload in worker.kept]
         tasks = [f"{worker.name} holds {worker.tasks}" for worker in status.workers if worker.tasks]
+        tasks += [f"{worker.name} expects {list(worker.expected)}" for worker in self.workers if worker.expected]
         stages = [
             f"{part.stage}: {part.running}/{part.waiting}" for part in status.stages if part.running + part.waiting
         ]

@@ -296,3 +296,104 @@ def test_what_a_checkpoint_may_bring() -> None:
     stage.expects_checkpoint(decode_header(encode_payload(Payload(names))[0]))
     with pytest.raises(WrongPayload, match=r"latents: a checkpoint of stage denoise takes no latents"):
         stage.expects_checkpoint(decode_header(encode_payload(Payload({"latents": torch.ones(4)}))[0]))
+
+
+class Starting(ToyProgram):
+    """Draws before it looks at what has come; tells of both."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__(network)
+        self.told: list[str] = []
+
+    def run(self, task: TaskInputs, stand_ins: Mapping[str, Any], on_step: Any = None) -> TaskOutputs:
+        self.told.append("begun")
+        try:
+            drawn = torch.randn(1, 4, generator=task.generator)
+            if task.fields.get("early"):
+                raise ValueError("boom")
+            start = task.values.get("start", torch.zeros(1, 4))
+            self.told.append("arrived")
+            made = super().run(task, stand_ins, on_step).values["latents"]
+            return TaskOutputs({"latents": made + drawn + start, "tag": task.tags.get("tag", [])})
+        finally:
+            self.told.append("over")
+
+
+def starting(capacity: int = 4) -> tuple[GatherStage, Starting]:
+    program = Starting(Network())
+    stage = GatherStage(program, Components(SOURCE), Placement(torch.device("cpu")), capacity)
+    stage.load(lambda _: None)
+    return stage, program
+
+
+def made(stage: GatherStage, task: StageTask) -> dict[str, Any]:
+    assert stage.admit(task) == Admitted()
+    (output,) = [event for event in drive(stage) if isinstance(event, Output)]
+    return output.payload.values
+
+
+def test_a_task_that_was_expected_goes_on_from_there_and_makes_the_same() -> None:
+    stage, program = starting()
+    payload = Payload({"start": torch.ones(1, 4)}, tags={"tag": ["start"]})
+    task = StageTask("a", {"num_inference_steps": 3}, 7, payload=payload, attempt=3)
+    wanted = made(stage, task)
+    program.told.clear()
+    stage.expect(StageTask("a", {"num_inference_steps": 3}, 7, attempt=2))
+    assert program.told == ["begun"] and stage.step() == []
+    found = made(stage, task)
+    assert program.told == ["begun", "arrived", "over"]
+    assert torch.equal(found["latents"], wanted["latents"]) and found["tag"] == wanted["tag"] == ["start"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        StageTask("a", {"num_inference_steps": 3}, 8),
+        StageTask("a", {"num_inference_steps": 2}, 7),
+        StageTask("a", {"num_inference_steps": 3}, 7, guidance_scale=2.0),
+    ],
+)
+def test_another_task_of_that_name_has_nothing_of_the_expected_one(other: StageTask) -> None:
+    stage, program = starting()
+    wanted = made(stage, other)["latents"]
+    stage.expect(StageTask("a", {"num_inference_steps": 3}, 7))
+    program.told.clear()
+    assert torch.equal(made(stage, other)["latents"], wanted)
+    assert program.told == ["over", "begun", "arrived", "over"]
+
+
+def test_what_is_expected_is_bounded_and_can_be_given_up() -> None:
+    stage, program = starting(capacity=2)
+    for job in "abc":
+        stage.expect(StageTask(job, {"num_inference_steps": 2}, 1))
+    assert program.told == ["begun", "begun", "over", "begun"], "the oldest made room"
+    stage.cancel("b")
+    assert program.told.count("over") == 2
+    stage.close()
+    assert program.told.count("over") == 3
+
+
+def test_what_goes_wrong_before_a_task_has_come_is_told_when_it_has() -> None:
+    stage, program = starting()
+    task = StageTask("a", {"num_inference_steps": 2, "early": True}, 1)
+    stage.expect(task)
+    assert program.told == ["begun", "over"] and stage.step() == []
+    assert stage.admit(task) == Admitted()
+    (failed,) = stage.step()
+    assert isinstance(failed, Failed) and "boom" in str(failed.error)
+
+
+def test_a_program_that_needs_nothing_from_before_is_not_run_ahead_of_its_turn() -> None:
+    class Heedless(ToyProgram):
+        def run(self, task: TaskInputs, stand_ins: Mapping[str, Any], on_step: Any = None) -> TaskOutputs:
+            drawn = torch.randn(1, 4, generator=task.generator)
+            return TaskOutputs({"latents": stand_ins["transformer"](hidden_states=drawn)})
+
+    network = Network()
+    stage = GatherStage(Heedless(network), Components(SOURCE), Placement(torch.device("cpu")), 4)
+    stage.load(lambda _: None)
+    task = StageTask("a", {}, 1)
+    stage.expect(task)
+    assert network.calls == 0
+    wanted = network(torch.randn(1, 4, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(made(stage, task)["latents"], wanted)

@@ -57,6 +57,7 @@ class ToyProgram:
         self.topology = topology()
         self.stage = self.topology.stages[0]
         self.network = network
+        self.begun: list[str] = []
         self.components: Mapping[str, Any] = {}
 
     def load(self, components: Components, placement: Placement) -> None:
@@ -67,7 +68,9 @@ class ToyProgram:
         self, task: TaskInputs, stand_ins: Mapping[str, Any], on_step: Callable[[Step], None] | None = None
     ) -> TaskOutputs:
         network = stand_ins.get("transformer", self.network)
+        self.begun.append(task.fields.get("name", ""))
         x = torch.randn(1, 4, generator=task.generator)
+        assert isinstance(task.values.get("start", x), torch.Tensor)
         steps = task.fields["num_inference_steps"]
         if task.fields.get("explode"):
             raise ValueError("boom")

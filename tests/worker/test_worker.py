@@ -23,6 +23,7 @@ from triptych.messages import (
     Cancel,
     Drain,
     Draining,
+    Expect,
     Failed,
     FromWorker,
     Goodbye,
@@ -63,6 +64,34 @@ def test_it_says_hello_loads_works_and_says_goodbye(transfer: object) -> None:
     steps = own.coordinator.all(Stepped, "job")
     assert [(step.step, step.steps, step.attempt) for step in steps] == [(1, 3, 1), (2, 3, 1), (3, 3, 1)]
     assert (done.attempt, done.steps, done.fetched_by) == (1, 3, None) and done.seconds > 0
+
+
+def test_an_expected_task_is_begun_while_there_is_nothing_else_to_do() -> None:
+    stage = ToyStage()
+    with running(toy_opened(stage)) as own:
+        own.coordinator.send(Expect(task=toy_task("a", steps=3, seed=5)))
+        own.coordinator.until(lambda: stage.toy.begun == ["a"], "its beginning")
+        own.coordinator.run(toy_task("a", steps=3, seed=5, payload=own.give(start=torch.zeros(1, 4))))
+        assert torch.equal(own.read(own.coordinator.wait(TaskDone, "a"))["latents"], toy_result(stage, 3, 5))
+        assert stage.toy.begun == ["a"], "it went on from there"
+
+        own.coordinator.send(Expect(task=toy_task("b")))
+        own.coordinator.until(lambda: stage.toy.begun == ["a", "b"], "its beginning")
+        own.coordinator.send(Cancel(job="b"))
+        own.coordinator.run(toy_task("b"))
+        own.coordinator.wait(TaskDone, "b")
+        assert stage.toy.begun == ["a", "b", "b"], "what was cancelled is begun anew"
+
+        began, go = stage.toy.hold("c")
+        own.coordinator.run(toy_task("c"))
+        began.wait()
+        own.coordinator.send(Expect(task=toy_task("d")))
+        own.has_heard(1)
+        go.set()
+        own.coordinator.wait(TaskDone, "c")
+        own.coordinator.run(toy_task("d"))
+        own.coordinator.wait(TaskDone, "d")
+        assert stage.toy.begun == ["a", "b", "b", "c", "d"], "who is at work prepares nothing"
 
 
 def test_a_refusal_is_told_with_its_reason() -> None:

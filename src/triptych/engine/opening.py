@@ -61,6 +61,9 @@ NO_WATCH: dict[str, float] = {
 CONTROL = "control.sock"
 """The socket where workers of this host join."""
 
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Lets the kernel back what a worker process allocates with huge pages (glibc 2.35 and later): a seventh of a small
+transformer's time on a CPU. To be had from a process' start on only."""
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 """For processes that share processors: threads that spin while they wait for those that another process has ousted
 make seconds of milliseconds."""
@@ -192,7 +195,7 @@ def _open_processes(opening: Opening, layout: Layout, stack: contextlib.ExitStac
 
     def workers(stages: Sequence[StageName]) -> Early:
         here = [slot for slot in layout.slots(stages) if slot.local]
-        variables = PATIENT if len(here) > 1 else {}
+        variables = HUGE_PAGES | (PATIENT if len(here) > 1 else {})
         slots = [
             cluster.WorkerSlot(slot.name, _command(opening, layout, slot, socket, folder), variables) for slot in here
         ]

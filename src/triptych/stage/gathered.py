@@ -141,8 +141,11 @@ class GatherStage:
             self._give_up(next(iter(self._expected)))
         live = Live(task, LateInputs(*self._given(task), wait=self._gather.wait))
         with contextlib.suppress(Exception):
-            if isinstance(self._gather.begin(self._make(live)), Waiting):
+            reached = self._gather.begin(self._make(live))
+            if isinstance(reached, Waiting):
                 self._expected[task.job] = live
+            elif isinstance(reached, Parked):  # a component needs none of it: not before its turn
+                self._throw_out(live)
 
     def _give_up(self, job: JobId) -> None:
         if (live := self._expected.pop(job, None)) is not None:

@@ -38,7 +38,7 @@ class Assign:
 
 @dataclass(frozen=True, slots=True)
 class Foretell:
-    """Tell a worker that a job will probably come to it with this stage, which is still ahead of it."""
+    """Tell a worker that a job will probably come to it with this stage, its next."""
 
     worker: str
     job: str

@@ -110,21 +110,23 @@ class Board:
             del live.foretold[record.stage]
         self._retract(live, up_to=record.stage)
         self._out.append(Assign(member.id, live.id, record.stage, attempt, live.waited))
-        self._foretell(live, member)
+        if stage != "denoise":  # of steps: while its first ones run is time enough, and nobody is in its way
+            self._foretell(live, member)
 
     def _foretell(self, live: Live, member: Member) -> None:
-        """Tells workers of the stages that follow what will come to them, if they have nothing to do: their
+        """Tells a worker of the stage that follows what will come to it from `member`, if it has nothing to do: its
         preparations then take none of the job's time. Nothing of a suspect, nor of a stage that has more to bring than
         the output of the one before."""
-        record = live.record
-        for index in range(record.stage + 1, len(live.stages)):
-            part = live.stages[index]
-            resumes = record.checkpoint is not None and record.checkpoint_stage == index
-            if record.alone or part.pictures or resumes or index in live.foretold or part.stage in member.hello.stages:
-                continue
-            if idle := self.fleet.idle(part.stage, member):
-                live.foretold[index], member = idle.id, idle
-                self._out.append(Foretell(idle.id, live.id, index))
+        record, index = live.record, live.record.stage + 1
+        if index >= len(live.stages) or index in live.foretold or record.alone:
+            return
+        part = live.stages[index]
+        resumes = record.checkpoint is not None and record.checkpoint_stage == index
+        if part.pictures or resumes or part.stage in member.hello.stages:
+            return
+        if idle := self.fleet.idle(part.stage, member):
+            live.foretold[index] = idle.id
+            self._out.append(Foretell(idle.id, live.id, index))
 
     def _retract(self, live: Live, up_to: int) -> None:
         """A stage up to that one is not to be expected any more where it was foretold."""

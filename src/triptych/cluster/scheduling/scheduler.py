@@ -199,6 +199,8 @@ class Scheduler(Setbacks):
         self.fleet.pace(live.worker, message.stage, share - live.unit_share, live.record.spec)
         live.unit_share = share
         self.tallies[message.stage].unit(seconds)
+        if message.step < message.steps:
+            self._foretell(live, live.worker)
         place = (live.record.stage, message.step)
         if place <= live.told:
             return False
