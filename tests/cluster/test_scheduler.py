@@ -10,6 +10,7 @@ import pytest
 
 from tests.cluster.toy import STAGES, ToyCluster
 from triptych.cluster import Limits, Observer
+from triptych.cluster.jobs import StageSpec
 from triptych.errors import InvalidRequest, NoWorker, QueueFull
 from triptych.messages import Cancel, Checkpointed, Ready, Release, Run, SetPreview, TaskDone
 
@@ -108,6 +109,50 @@ def test_nothing_of_a_suspect_is_begun_elsewhere() -> None:
     assert again.attempt("a") == 2 and not decode.expected, "it may have killed a worker"
     again.done("a")
     assert list(decode.held) == ["a"]
+
+
+def test_a_worker_expects_a_job_once_at_most_and_the_lost_expect_nothing() -> None:
+    cluster = ToyCluster()
+    encode, denoise = cluster.worker("encode"), cluster.worker("denoise")
+    cluster.submit("a")
+    encode.done("a")
+    both = cluster.worker("denoise", "decode")
+    denoise.step("a")
+    assert both.expected["a"].stage == "decode"
+    encode.die()
+    denoise.leave()  # and the input is gone: it begins anew
+    cluster.worker("encode")
+    assert both.expected["a"].stage == "decode"
+    both.die()
+    cluster.worker("denoise", "decode")
+    cluster.finish()
+    assert cluster.outcome("a").state == "done" and cluster.leaks() == []
+
+
+def test_pictures_that_a_stage_takes_are_not_foretold_without() -> None:
+    cluster = ToyCluster()
+    cluster.worker("encode"), cluster.worker("denoise")
+    stages = tuple(StageSpec(stage=stage, fields={}, pictures=stage == "denoise") for stage in STAGES)
+    cluster.submit("a", stages=stages)
+    assert not any(worker.expected for worker in cluster.workers)
+
+
+def test_a_crash_between_a_task_and_the_store_costs_a_retry() -> None:
+    cluster = ToyCluster()
+    encode, denoise, _ = (cluster.worker(stage) for stage in STAGES)
+    cluster.submit("a")
+    put, lost = cluster.store.put, []
+    cluster.store.put = lost.append  # type: ignore[method-assign]
+    encode.done("a")
+    assert lost and list(denoise.held) == ["a"], "the next task is out, the store knows nothing of it"
+    cluster.store.put = put  # type: ignore[method-assign]
+    cluster.restart()
+    denoise.step("a")
+    assert not denoise.held, "it is told to let that be"
+    cluster.pass_time(cluster.limits.lease_seconds + 1)
+    assert list(encode.held) == ["a"]
+    cluster.finish()
+    assert cluster.outcome("a").state == "done" and cluster.leaks() == []
 
 
 def test_the_next_task_is_out_before_the_store_and_observers_hear_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:

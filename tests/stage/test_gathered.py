@@ -366,11 +366,14 @@ def test_what_is_expected_is_bounded_and_can_be_given_up() -> None:
     stage, program = starting(capacity=2)
     for job in "abc":
         stage.expect(StageTask(job, {"num_inference_steps": 2}, 1))
-    assert program.told == ["begun", "begun", "over", "begun"], "the oldest made room"
+    assert program.told == ["begun", "begun"], "as many as it takes at once"
     stage.cancel("b")
-    assert program.told.count("over") == 2
+    assert program.told.count("over") == 1
+    assert stage.admit(StageTask("a", {"num_inference_steps": 0}, 1)) == Admitted()
+    assert program.told.count("over") == 2, "another task of that name has come"
+    stage.expect(StageTask("d", {"num_inference_steps": 2}, 1))
     stage.close()
-    assert program.told.count("over") == 3
+    assert program.told.count("begun") == program.told.count("over") == 3
 
 
 def test_what_goes_wrong_before_a_task_has_come_is_told_when_it_has() -> None:

@@ -36,6 +36,7 @@ from triptych.messages import (
     Release,
     Stepped,
     TaskDone,
+    Welcome,
 )
 from triptych.model import topology_from_bytes
 from triptych.worker import WorkerSettings
@@ -92,6 +93,41 @@ def test_an_expected_task_is_begun_while_there_is_nothing_else_to_do() -> None:
         own.coordinator.run(toy_task("d"))
         own.coordinator.wait(TaskDone, "d")
         assert stage.toy.begun == ["a", "b", "b", "c", "d"], "who is at work prepares nothing"
+
+
+@pytest.mark.parametrize("how", ["lost", "cancelled", "welcomed again", "refused", "proved"])
+def test_nothing_expected_is_left_of_what_does_not_run(how: str) -> None:
+    stage = ToyStage()
+    with running(toy_opened(stage)) as own:
+        own.coordinator.send(Expect(task=toy_task("a")))
+        own.coordinator.until(lambda: bool(stage._expected), "its beginning")
+        if how == "lost":
+            ticket = own.give(start=torch.zeros(1, 4))
+            own.other.release(ticket.descriptor.payload)
+            own.coordinator.run(toy_task("a", payload=ticket))
+            assert own.coordinator.wait(Failed, "a").lost == "payload"
+        elif how == "cancelled":
+            own.coordinator.send(Cancel(job="a"))
+        elif how == "welcomed again":
+            own.coordinator.send(Welcome(coordinator="second", heartbeat_seconds=0.05, lease_seconds=5.0))
+        elif how == "refused":
+            own.coordinator.send(Refused(reason="forgotten", again=True))
+        else:
+            own.coordinator.send(Prove())
+        own.coordinator.until(lambda: not stage._expected, "its end")
+
+
+def test_a_stage_that_cannot_prepare_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = ToyStage()
+
+    def fail(task: object) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(stage, "expect", fail)
+    with running(toy_opened(stage)) as own:
+        own.coordinator.send(Expect(task=toy_task("a")))
+        own.coordinator.run(toy_task("a", steps=3, seed=5))
+        assert torch.equal(own.read(own.coordinator.wait(TaskDone, "a"))["latents"], toy_result(stage, 3, 5))
 
 
 def test_a_refusal_is_told_with_its_reason() -> None:

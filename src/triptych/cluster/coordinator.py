@@ -382,6 +382,7 @@ class Coordinator:
             self._closed = True
             self._changed.notify_all()
             self._effects.hang_up(Stop() if stop_workers else None)
+            self._observers.tell()
         self._observers.close()
 
     # A turn: an event, what the scheduler makes of it, and what listeners are told.
@@ -393,7 +394,8 @@ class Coordinator:
             try:
                 yield
                 self._effects.perform()
-                self._observers.tell()
+                if self._depth == 1:
+                    self._observers.tell()
             finally:
                 self._depth -= 1
                 outermost = not self._depth

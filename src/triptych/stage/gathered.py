@@ -132,20 +132,20 @@ class GatherStage:
         return StageInfo(size, self._capacity)
 
     def expect(self, task: StageTask) -> None:
-        """Begins a task, up to where it needs what is not here yet; `admit` goes on with it. Of as many as the stage
-        takes at once, the newest stay. What goes wrong here goes wrong again, and is told, when the task has come."""
-        if not self._loaded or task.job in self._live:
-            return
+        """Begins a task, up to where it needs what is not here yet; `admit` goes on with it. No more than the stage
+        takes at once. What goes wrong here goes wrong again, and is told, when the task has come."""
         self._give_up(task.job)
-        if len(self._expected) >= self._capacity:
-            self._give_up(next(iter(self._expected)))
+        if not self._loaded or task.job in self._live or len(self._expected) >= self._capacity:
+            return
         live = Live(task, LateInputs(*self._given(task), wait=self._gather.wait))
-        with contextlib.suppress(Exception):
+        try:
             reached = self._gather.begin(self._make(live))
-            if isinstance(reached, Waiting):
-                self._expected[task.job] = live
-            elif isinstance(reached, Parked):  # a component needs none of it: not before its turn
-                self._throw_out(live)
+        except Exception:
+            reached = None
+        if isinstance(reached, Waiting):
+            self._expected[task.job] = live
+        else:  # over, or at a component that needs none of it: not before its turn
+            self._throw_out(live)
 
     def _give_up(self, job: JobId) -> None:
         if (live := self._expected.pop(job, None)) is not None:

@@ -121,6 +121,7 @@ class Desk:
             self._end(tasks[task.job])
         most = 2 * self._credits[task.stage]
         if len(tasks) >= most:
+            self._expect_no_more(task.job)
             return self._refuse(held, TriptychError(f"stage {task.stage} was sent more than {most} tasks at once"))
         tasks[task.job] = held
         if self._expected.get(task.job) == task.stage:
@@ -156,6 +157,8 @@ class Desk:
         self._pulse.unit = (task.job, task.stage, time.monotonic())
         try:
             self._stages[task.stage].expect(stage_task(task))
+        except Exception:  # nothing hangs on it; the task itself will tell
+            logger.exception("stage %s could not prepare for job %s", task.stage, task.job)
         finally:
             self._pulse.unit = None
 
@@ -286,8 +289,7 @@ class Desk:
         task = held.task
         held.dropped = True
         self._held[task.stage].pop(task.job, None)
-        if held.running:
-            self._stages[task.stage].cancel(task.job)
+        self._stages[task.stage].cancel(task.job)  # if it does not run, it may have been expected
         if held.brought is not None:
             held.brought.close()
 

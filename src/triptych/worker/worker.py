@@ -358,6 +358,7 @@ class Worker:
 
     def _prove(self) -> None:
         self._to_prove = False
+        self._desk.expect_nothing()
         proved = self._proof.prove()
         if not proved.healthy:
             logger.error("not healthy: %s", proved.reason)

@@ -124,7 +124,8 @@ class Board:
         resumes = record.checkpoint is not None and record.checkpoint_stage == index
         if part.pictures or resumes or part.stage in member.hello.stages:
             return
-        if idle := self.fleet.idle(part.stage, member):
+        idle = self.fleet.idle(part.stage, member)
+        if idle is not None and idle.id not in live.foretold.values():
             live.foretold[index] = idle.id
             self._out.append(Foretell(idle.id, live.id, index))
 
