@@ -131,7 +131,8 @@ def test_a_worker_expects_a_job_once_at_most_and_the_lost_expect_nothing() -> No
 
 def test_pictures_that_a_stage_takes_are_not_foretold_without() -> None:
     cluster = ToyCluster()
-    cluster.worker("encode"), cluster.worker("denoise")
+    for stage in STAGES:
+        cluster.worker(stage)
     stages = tuple(StageSpec(stage=stage, fields={}, pictures=stage == "denoise") for stage in STAGES)
     cluster.submit("a", stages=stages)
     assert not any(worker.expected for worker in cluster.workers)

@@ -189,7 +189,7 @@ def test_no_orphan_stays(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     end = threading.Thread(target=vanish)
     end.start()
     try:
-        assert run(listener.endpoints[0], orphan_seconds=1.0) == 0
+        assert run(listener.endpoints[0], orphan_seconds=3.0) == 0
     finally:
         end.join()
         listener.close()
