@@ -62,8 +62,8 @@ CONTROL = "control.sock"
 """The socket where workers of this host join."""
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""Lets the kernel back what a worker process allocates with huge pages (glibc 2.35 and later): a seventh of a small
-transformer's time on a CPU. To be had from a process' start on only."""
+"""Lets the kernel back what a worker process allocates with huge pages (glibc 2.35 and later), which computing on a
+CPU gains from. To be had from a process' start on only."""
 PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 """For processes that share processors: threads that spin while they wait for those that another process has ousted
 make seconds of milliseconds."""

@@ -83,8 +83,8 @@ def settle() -> None:
 
 def keep_memory() -> None:
     """By itself glibc returns much of what one task frees, and the next has it zeroed again, page by page: a tenth of a
-    small decode's time (mallopt(3)). The heaps that threads have of their own return it whatever the threshold, and
-    took up to a third: all share one."""
+    small decode's time (mallopt(3)). The heaps that threads have of their own return it whatever the threshold: all
+    share one."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
